@@ -1,0 +1,44 @@
+"""The command table: `nightshift COMMAND …` is `python -m jobs.COMMAND …`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from typing import Final
+
+from jobs.cli import run_command
+
+COMMANDS: Final = {
+    "label": "label every image of an archive with a pretrained model",
+    "demo": "see it work: label handwritten digits on this machine, offline",
+}
+
+_USAGE: Final = "\n".join(
+    [
+        "usage: nightshift COMMAND …",
+        "",
+        *(f"  {name:<10} {purpose}" for name, purpose in COMMANDS.items()),
+        "",
+        "nightshift COMMAND --help tells more; nightshift --version tells the version",
+    ]
+)
+
+
+def main() -> None:
+    """Find the command, import only its module, and exit with its code."""
+    match sys.argv[1:]:
+        case [] | ["-h" | "--help", *_]:
+            print(_USAGE)
+            sys.exit(0 if len(sys.argv) > 1 else 2)
+        case ["--version"]:
+            print(importlib.metadata.version("nightshift-runner"))
+        case [name, *arguments] if name in COMMANDS:
+            sys.exit(run_command(importlib.import_module(f"jobs.{name}").main, arguments))
+        case [name, *_]:
+            print(f"error: unknown command {name!r}\n\n{_USAGE}", file=sys.stderr)
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

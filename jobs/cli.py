@@ -1,0 +1,89 @@
+"""From a command line to a config, and from whatever a job ends with to an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from pipeline.errors import ConfigError, PipelineError
+
+Config = TypeVar("Config")
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+
+def parse(kind: type[Config], arguments: list[str], *, command: str, description: str) -> Config:
+    """The config that `arguments` describe; `--config FILE` gives values that the other flags override.
+
+    Exits with code 0 after `--help`, and with code 2 and the reason where the arguments make no sense.
+    """
+    arguments, path = _take_config_file(arguments)
+    return tyro.cli(
+        kind,
+        args=arguments,
+        default=kind(**_read_yaml(kind, path)) if path else None,
+        prog=f"nightshift {command}",
+        description=f"{description}\n\nEvery flag can also stand in a YAML file, given as --config FILE.",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Call a command's `main`, say in one place what went wrong, and return the exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return main(arguments)
+    except PipelineError as error:
+        if {"-v", "--verbose"} & set(arguments):
+            traceback.print_exc()
+        else:
+            print(
+                "\n".join(f"error: {line}" if not line.startswith(" ") else line for line in str(error).split("\n")),
+                file=sys.stderr,
+            )
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        return int(interrupt.args[0]) + 128 if interrupt.args else EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has seen enough
+        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush into it
+        return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return arguments[:index] + arguments[index + 1 :], argument.removeprefix("--config=")
+        if argument == "--config":
+            if index + 1 == len(arguments):
+                raise ConfigError(["--config: name a YAML file"])
+            return arguments[:index] + arguments[index + 2 :], arguments[index + 1]
+    return arguments, None
+
+
+def _read_yaml(kind: type[Config], path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"--config {path}: {error}"]) from error
+    if not isinstance(values, dict):
+        raise ConfigError([f"--config {path}: is no mapping of flags to values"])
+    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    named = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if unknown := sorted(named.keys() - known.keys()):
+        raise ConfigError(
+            [f"--config {path}: unknown setting {name!r}; known are {', '.join(known)}" for name in unknown]
+        )
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}

@@ -1,0 +1,116 @@
+"""Rows of one shard → its one Parquet part, and which parts stand already.
+
+A part's name says which shard of which run it is, and nothing about who made it or when: doing a shard twice
+replaces the file by an equal one. What stands under `predictions/` is what is done; there is no second record.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import schema
+from pipeline.plan import Shard
+from pipeline.storage import LocalFolder
+
+PREDICTIONS_DIR: Final = "predictions"
+_PART: Final = re.compile(r"part-(\d{6,})-([0-9a-f]{12})\.parquet")
+# Footers are small reads that mostly wait, on a shared file system above all.
+_FOOTER_THREADS: Final = 32
+
+
+@dataclass(slots=True)
+class Counts:
+    """How the images of a part, or of a whole run, ended."""
+
+    labelled: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    """By type of error."""
+
+    @property
+    def num_failed(self) -> int:
+        return self.failed.total()
+
+    @property
+    def num_images(self) -> int:
+        return self.labelled + self.num_failed
+
+    def add(self, other: Counts) -> None:
+        self.labelled += other.labelled
+        self.failed.update(other.failed)
+
+
+def commit_part(folder: LocalFolder, shard: Shard, rows: pa.Table, *, run_hash: str) -> Counts:
+    """Publish the rows of a shard; they must be all of its images, each once, in the order of the plan."""
+    if rows.num_rows != shard.num_images:
+        raise ValueError(
+            f"shard {shard.index} has {shard.num_images} images, but {rows.num_rows} rows were to be committed"
+        )
+    counts = _count(rows)
+    metadata = {
+        schema.META_SCHEMA: schema.PREDICTIONS_NAME.encode(),
+        schema.META_RUN_HASH: run_hash.encode(),
+        schema.META_COUNTS: json.dumps({"labelled": counts.labelled, "failed": counts.failed}).encode(),
+    }
+    with folder.open_write(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hash)}") as file:
+        pq.write_table(
+            rows.replace_schema_metadata(metadata), file, compression="zstd", row_group_size=schema.MAX_ROW_GROUP_ROWS
+        )
+    return counts
+
+
+def part_name(shard_index: int, run_hash: str) -> str:
+    """The name that the part of a shard has in a run."""
+    return f"part-{shard_index:06d}-{run_hash}.parquet"
+
+
+def find_committed(folder: LocalFolder, shards: Iterable[Shard], *, run_hash: str) -> dict[int, Counts]:
+    """The committed shards by index, with their counts; a part that is damaged is deleted and so is not among them."""
+    standing = set(folder.list_names(PREDICTIONS_DIR))
+    candidates = [shard for shard in shards if part_name(shard.index, run_hash) in standing]
+    with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+        counts = list(threads.map(lambda shard: _read_counts(folder, shard, run_hash), candidates))
+    for shard, found in zip(candidates, counts, strict=True):
+        if found is None:
+            folder.delete(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hash)}")
+    return {shard.index: found for shard, found in zip(candidates, counts, strict=True) if found is not None}
+
+
+def sweep_foreign(folder: LocalFolder, *, run_hash: str | None) -> int:
+    """Delete parts of other runs (of all runs, where `run_hash` is None) and unfinished files; says how many parts.
+
+    Files that nightshift did not name are left alone.
+    """
+    foreign = [
+        name for name in folder.list_names(PREDICTIONS_DIR) if (part := _PART.fullmatch(name)) and part[2] != run_hash
+    ]
+    for name in foreign:
+        folder.delete(f"{PREDICTIONS_DIR}/{name}")
+    folder.delete_tree(folder.scratch)
+    return len(foreign)
+
+
+def _count(rows: pa.Table) -> Counts:
+    errors = rows.column("error").drop_null().to_pylist()
+    failed = Counter(error.split(":", 1)[0] for error in errors)
+    return Counts(rows.num_rows - len(errors), failed)
+
+
+def _read_counts(folder: LocalFolder, shard: Shard, run_hash: str) -> Counts | None:
+    """What a part's footer says, or None where it is no whole part of this shard and run."""
+    try:
+        footer = pq.read_metadata(folder.path(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hash)}"))
+        counts = json.loads(footer.metadata[schema.META_COUNTS])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+    if footer.num_rows != shard.num_images or footer.metadata.get(schema.META_RUN_HASH) != run_hash.encode():
+        return None
+    return Counts(counts["labelled"], Counter(counts["failed"]))

@@ -1,0 +1,62 @@
+"""A model on a device: batches of pixels → the top k classes of each image. No Ray here."""
+
+from __future__ import annotations
+
+import threading
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.errors import WorkerError
+from pipeline.models import Model
+from pipeline.presets import Normalise
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TopK(NamedTuple):
+    """The best k classes of B images, best first."""
+
+    scores: NDArray[np.float32]  # (B, k), softmax over all classes; not finite where the model's output was not
+    label_ids: NDArray[np.int32]  # (B, k)
+
+
+class Predictor:
+    """A network that is ready on its device; safe to be called from several threads, one batch at a time."""
+
+    def __init__(self, model: Model, *, device: str = "cpu", precision: Precision = "fp32", top_k: int = 5) -> None:
+        self.device = _open_device(device, precision)
+        self.top_k = top_k
+        self._dtype = _DTYPES[precision]
+        self._lock = threading.Lock()
+        self._network = nn.Sequential(Normalise(model.preset), model.build()).eval()
+        self._network.to(self.device).to(memory_format=torch.channels_last)
+
+    def __call__(self, pixels: Tensor) -> TopK:
+        """(B, 3, H, W) uint8 → the top k of each image; the softmax is in float32 whatever the precision."""
+        with self._lock, torch.inference_mode():
+            with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
+                batch = pixels.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+                logits = self._network(batch)
+            logits = logits.float()
+            # Ordered by logit: equal scores, as a saturated softmax gives them, are then still told apart.
+            label_ids = logits.topk(self.top_k, dim=1).indices
+            scores = logits.softmax(dim=1).gather(1, label_ids)
+            return TopK(scores.cpu().numpy(), label_ids.to(torch.int32).cpu().numpy())
+
+
+def _open_device(name: str, precision: Precision) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise WorkerError("a GPU was assigned to this worker, but PyTorch finds no CUDA device; check the driver")
+        if precision == "bf16" and not torch.cuda.is_bf16_supported():
+            raise WorkerError(f"{torch.cuda.get_device_name(device)} has no bf16, which this run was planned with")
+    elif precision == "fp16":
+        raise WorkerError("this run was planned with fp16, which needs a GPU")
+    return device

@@ -1,0 +1,249 @@
+"""The folder of a run: what it has to be before a run may use it, and its account of itself, run.json.
+
+OUT/run.json     what was asked, how it was resolved, what came out; refreshed while the run goes on
+OUT/_SUCCESS     empty, written last
+OUT/predictions  the parts
+OUT/_nightshift  plan, lease, logs, unfinished files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Final, Literal
+
+from pipeline.commit import Counts, sweep_foreign
+from pipeline.errors import NoImagesError, OutputError
+from pipeline.lease import HEARTBEAT_S, HeldLease
+from pipeline.plan import PLAN_DIR, Plan
+from pipeline.storage import LocalFolder, has_scheme
+
+RUN: Final = "run.json"
+SUCCESS: Final = "_SUCCESS"
+STATE_DIR: Final = "_nightshift"
+SCRATCH_DIR: Final = f"{STATE_DIR}/tmp"
+DRIVER_LOG: Final = f"{STATE_DIR}/logs/driver.log"
+REFRESH_S: Final = 30
+
+State = Literal["running", "done", "stopped", "failed", "too many failures"]
+Settings = dict[str, Any]
+
+_VERSIONED: Final = ("nightshift-runner", "torch", "torchvision", "ray", "pyarrow", "pillow", "numpy")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def open_run_folder(output: str) -> LocalFolder:
+    """The folder at `output`, which may not exist yet; raises OutputError where it is something else than a run."""
+    if has_scheme(output):
+        raise OutputError(f"cannot write to {output!r}: an output is a folder on a local or shared file system")
+    folder = LocalFolder(os.path.abspath(output), scratch=SCRATCH_DIR)
+    if folder.root.exists():
+        if not folder.root.is_dir():
+            raise OutputError(f"output {output!r} is a file, not a folder")
+        if not folder.exists(STATE_DIR) and any(folder.root.iterdir()):
+            raise OutputError(f"output {output!r} is not empty and no nightshift run; name a new folder")
+    return folder
+
+
+def find_finished(folder: LocalFolder) -> dict[str, Any] | None:
+    """The account of a run that is complete, or None where there is still something to do."""
+    if not folder.exists(SUCCESS):
+        return None
+    try:
+        account: dict[str, Any] = json.loads(folder.read(RUN))
+    except (FileNotFoundError, ValueError):
+        return None  # the parts are still there: the run is finished once more from them
+    return account
+
+
+def clear_run(folder: LocalFolder) -> None:
+    """Delete what an earlier run left here, and nothing else.
+
+    The plan goes last: as long as it stands, with an epoch before that of the lease, this is known to be unfinished.
+    """
+    folder.delete(SUCCESS)
+    folder.delete(RUN)
+    sweep_foreign(folder, run_hash=None)
+    folder.delete_tree(PLAN_DIR)
+
+
+def refuse_changes(given: Settings, *, stored_given: Settings, stored_resolved: Settings, output: str) -> None:
+    """Raise OutputError, with the difference, where `given` would label differently than the run that is there.
+
+    A setting is unchanged if it is given as before, or given as the value that it was resolved to before.
+    """
+    given = json.loads(json.dumps(given))  # as it would come back from disk
+    changes = [
+        f"--{name.replace('_', '-')}: {_show(stored_given.get(name))} then, {_show(value)} now"
+        for name, value in given.items()
+        if value != stored_given.get(name) and value != stored_resolved.get(name)
+    ]
+    if changes:
+        raise OutputError(
+            "\n".join(
+                [
+                    f"output {output!r} holds a run with other settings:",
+                    *(f"  {change}" for change in changes),
+                    "repeat the settings to continue it, name another output, or start anew with --overwrite",
+                ]
+            )
+        )
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The account
+
+
+class Account:
+    """What run.json says; counted in the driver's main thread, written from wherever it is time to."""
+
+    def __init__(self, folder: LocalFolder, plan: Plan, committed: dict[int, Counts]) -> None:
+        """Start from what earlier invocations have committed."""
+        self._folder = folder
+        self._guard = threading.Lock()
+        self.plan = plan
+        self.counts = Counts()
+        self.timings: dict[str, float] = {}
+        self.cluster: dict[str, Any] | None = None
+        self._started = time.time()
+        self._before = _read_invocations(folder, plan.run_id)
+        for counts in committed.values():
+            self.counts.add(counts)
+        self._num_before = self.counts.num_images
+        self._ready_at: float | None = None
+        self._last_part_at: float | None = None
+        self._state: State = "running"
+
+    def add(self, counts: Counts, *, ready_at: float, finished_at: float) -> None:
+        """Count a part that was just committed, by a worker that was ready at that time."""
+        with self._guard:
+            self.counts.add(counts)
+            self._ready_at = min(ready_at, self._ready_at or ready_at)
+            self._last_part_at = max(finished_at, self._last_part_at or finished_at)
+
+    @property
+    def num_new(self) -> int:
+        """Images finished by this invocation."""
+        return self.counts.num_images - self._num_before
+
+    @property
+    def failure_rate(self) -> float:
+        return self.counts.num_failed / max(self.plan.listing.num_images, 1)
+
+    def write(self, state: State | None = None) -> dict[str, Any]:
+        """Write run.json, atomically, and return what it says."""
+        with self._guard:
+            self._state = state or self._state
+            account = self._describe()
+            self._folder.put(RUN, json.dumps(account, indent=2).encode())
+            return account
+
+    def _describe(self) -> dict[str, Any]:
+        invocations = [*self._before, self._describe_invocation()]
+        num_images = sum(invocation["images"] for invocation in invocations)
+        active_s = sum(invocation["active_seconds"] for invocation in invocations)
+        return {
+            "run_id": self.plan.run_id,
+            "state": self._state,
+            "counts": {
+                "listed": self.plan.listing.num_images,
+                "labelled": self.counts.labelled,
+                "failed": self.counts.num_failed,
+            },
+            "failures": dict(self.counts.failed.most_common()),
+            "throughput": {
+                "images_per_s": round(num_images / active_s, 2) if active_s else None,
+                "seconds": round(sum(invocation["seconds"] for invocation in invocations), 3),
+            },
+            "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()},
+            "model": _describe_model(self.plan.resolved),
+            "config": {"given": self.plan.given, "resolved": self.plan.resolved},
+            "plan": {
+                "hash": self.plan.listing.hash,
+                "run_hash": self.plan.run_hash,
+                "epoch": self.plan.epoch,
+                "shards": self.plan.listing.num_shards,
+                "shard_size": self.plan.listing.shard_size,
+            },
+            "cluster": self.cluster,
+            "versions": {"python": platform.python_version(), **{n: _find_version(n) for n in _VERSIONED}},
+            "invocations": invocations,
+        }
+
+    def _describe_invocation(self) -> dict[str, Any]:
+        # From the first worker that could run its model to the last part.
+        active_s = self._last_part_at - self._ready_at if self._last_part_at and self._ready_at else 0.0
+        return {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "state": self._state,
+            "images": self.num_new,
+            "seconds": round(time.time() - self._started, 3),
+            "active_seconds": round(active_s, 3),
+        }
+
+
+@contextlib.contextmanager
+def keep_alive(lease: HeldLease, account: Account) -> Iterator[None]:
+    """Renew the lease and refresh run.json while the block lasts."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not ended.wait(HEARTBEAT_S):
+            beats += 1
+            lease.renew()
+            if beats % (REFRESH_S // HEARTBEAT_S) == 0:
+                account.write()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def describe_nothing_found(inputs: list[str], skipped: dict[str, int], suffixes: list[str]) -> NoImagesError:
+    """The error for inputs without a single image: what was there instead, and what would have counted."""
+    seen = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(skipped.items(), key=lambda item: -item[1])[:8])
+    return NoImagesError(
+        f"found no images in {', '.join(map(repr, inputs))}"
+        f" ({'there are ' + seen if seen else 'nothing is there'}); images end in {' '.join(suffixes)}"
+    )
+
+
+def _describe_model(resolved: Settings) -> dict[str, Any]:
+    preset = {name: resolved[name] for name in ("resize", "crop", "mean", "std", "interpolation")}
+    return {"name": resolved["model"], "weights": resolved["weights"], **resolved["fixed"], "preset": preset}
+
+
+def _read_invocations(folder: LocalFolder, run_id: str) -> list[dict[str, Any]]:
+    try:
+        account = json.loads(folder.read(RUN))
+    except (FileNotFoundError, ValueError):
+        return []
+    return list(account["invocations"]) if account.get("run_id") == run_id else []
+
+
+def _find_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return None

@@ -1,0 +1,65 @@
+"""The on-disk row contracts: what a plan, a part and a part's footer hold.
+
+Every column is of a plain type (no unsigned, dictionary or null types), so that DuckDB, Polars, pandas,
+pyarrow and Hugging Face datasets all read the files as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pyarrow as pa
+
+# One row an image, in the order of the plan.
+PLAN: Final = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("target", pa.string()),
+        pa.field("error", pa.string()),  # set where the entry stands for a container that could not be listed
+    ]
+)
+
+# One row a shard: the images [first, first + num_images) of the plan.
+SHARDS: Final = pa.schema(
+    [
+        pa.field("first", pa.int64(), nullable=False),
+        pa.field("num_images", pa.int32(), nullable=False),
+    ]
+)
+
+PREDICTION: Final = pa.struct(
+    [
+        pa.field("label", pa.string()),
+        pa.field("label_id", pa.int32()),
+        pa.field("score", pa.float32()),
+    ]
+)
+
+# The label columns are null where `error` is set, and the error columns are null where it is not.
+PREDICTIONS: Final = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("label_id", pa.int32()),
+        pa.field("score", pa.float32()),
+        pa.field("predictions", pa.list_(PREDICTION)),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("target", pa.string()),
+        pa.field("error_stage", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("attempts", pa.int32(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+    ]
+)
+PREDICTIONS_NAME: Final = "nightshift.predictions/1"
+
+# Keys of the key-value metadata in a part's footer.
+META_SCHEMA: Final = b"nightshift.schema"
+META_RUN_HASH: Final = b"nightshift.run_hash"
+META_COUNTS: Final = b"nightshift.counts"  # JSON: {"labelled": int, "failed": {error type: int}}
+
+MAX_ERROR_CHARS: Final = 500
+MAX_ROW_GROUP_ROWS: Final = 122_880

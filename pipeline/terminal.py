@@ -1,0 +1,135 @@
+"""What a person sees while a job runs: one line, the few notices worth interrupting it for, and no noise.
+
+On a terminal the line is rewritten in place; elsewhere (a log file, a CI job) a plain line comes every 30 seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TextIO
+
+REDRAW_S: Final = 0.2
+PLAIN_LINE_S: Final = 30.0
+# The rate over about this long is shown: steady, and still true after the batch size or the cluster has changed.
+_RATE_WINDOW_S: Final = 60.0
+
+
+class Progress:
+    """A progress line on `stream`, drawn by a thread of its own while the block lasts."""
+
+    def __init__(self, stream: TextIO, *, is_quiet: bool = False) -> None:
+        self._stream = stream
+        self._is_quiet = is_quiet
+        self._is_terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._describe: Callable[[], str] = lambda: ""
+        self._guard = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        if not self._is_quiet:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._erase()
+
+    def show(self, describe: str | Callable[[], str]) -> None:
+        """What the line says from now on: a text, or a function that gives the text of the moment."""
+        self._describe = describe if callable(describe) else lambda: describe
+        if not self._is_terminal and not self._is_quiet and isinstance(describe, str):
+            self._write(f"{describe}\n")
+
+    def notice(self, text: str) -> None:
+        """A line that stays."""
+        if not self._is_quiet:
+            self._erase()
+            self._write(f"{text}\n")
+
+    def _run(self) -> None:
+        period = REDRAW_S if self._is_terminal else PLAIN_LINE_S
+        while not self._ended.wait(period):
+            if text := self._describe():
+                width = shutil.get_terminal_size().columns - 1
+                self._write(f"\r\x1b[K{text[:width]}" if self._is_terminal else f"{text}\n")
+
+    def _erase(self) -> None:
+        if self._is_terminal and not self._is_quiet:
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        with self._guard:
+            self._stream.write(text)
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def redirect_output(log: Path) -> Iterator[TextIO]:
+    """Send file descriptors 1 and 2 to `log` for the length of a block, and yield a stream to the terminal.
+
+    Ray's processes inherit them and write crash reports there that no option turns off; C libraries do the same.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    terminal = os.fdopen(os.dup(2), "w") if _is_descriptor(sys.stderr, 2) else sys.stderr
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield terminal
+    finally:
+        terminal.flush()
+        for descriptor, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+def _is_descriptor(stream: TextIO, descriptor: int) -> bool:
+    try:
+        return stream.fileno() == descriptor
+    except (OSError, ValueError, AttributeError):  # replaced by a test or a notebook
+        return False
+
+
+class Rate:
+    """Images per second over the last minute or so."""
+
+    def __init__(self, now: float | None = None) -> None:
+        self._marks = [(time.monotonic() if now is None else now, 0)]
+
+    def add(self, num_images: int, now: float | None = None) -> None:
+        """Count images that are finished at this moment."""
+        now = time.monotonic() if now is None else now
+        self._marks.append((now, self._marks[-1][1] + num_images))
+        while len(self._marks) > 2 and self._marks[1][0] < now - _RATE_WINDOW_S:
+            del self._marks[0]
+
+    @property
+    def images_per_s(self) -> float:
+        """0.0 until something is finished."""
+        (since, before), (until, after) = self._marks[0], self._marks[-1]
+        return (after - before) / (until - since) if until > since else 0.0
+
+
+def format_seconds(seconds: float) -> str:
+    """`45 s`, `12 min 05 s` or `3 h 07 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{minutes} min {rest:02d} s" if hours == 0 else f"{hours:,} h {minutes:02d} min"

@@ -1,0 +1,213 @@
+"""What a worker does with a shard: fetch → decode → predict → commit. No Ray here.
+
+`Decoder` and `Labeller` are the two halves: one after the other in one process (fused), or on different machines
+with uint8 pixels between them (split). Both ways the same functions run on the same images.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipeline import schema
+from pipeline.commit import Counts, commit_part
+from pipeline.decode import Exif, decode
+from pipeline.errors import DecodeError, ReadError
+from pipeline.lease import Fence
+from pipeline.models import Model
+from pipeline.plan import Shard, read_images
+from pipeline.predict import Precision, Predictor, TopK
+from pipeline.presets import Preset
+from pipeline.sources import ListedImage
+from pipeline.storage import LocalFolder, read_image
+
+# Batches that are being decoded while the model works on one.
+_BATCHES_AHEAD: Final = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What all workers of a run are told; small, and the same for every shard."""
+
+    folder: LocalFolder
+    fence: Fence
+    run_id: str
+    run_hash: str
+    preset: Preset
+    precision: Precision
+    exif: Exif
+    max_pixels: int
+    top_k: int
+    batch_size: int
+    retries: int
+
+
+@dataclass(slots=True)
+class ImageRow:
+    """One image on its way through a worker: what is known of it besides its pixels."""
+
+    uri: str
+    target: str | None = None
+    width: int | None = None
+    height: int | None = None
+    size_bytes: int | None = None
+    attempts: int = 1
+    error_stage: str | None = None
+    error: str | None = None
+
+    def fail(self, stage: str, error: str) -> None:
+        self.error_stage = stage
+        self.error = error[: schema.MAX_ERROR_CHARS]
+
+
+@dataclass(slots=True)
+class DecodedBatch:
+    """Consecutive images of a shard, with the pixels of those that could be decoded."""
+
+    rows: list[ImageRow]
+    pixels: Tensor  # (rows without an error, 3, H, W) uint8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Done:
+    """A shard that is committed, as the driver hears of it."""
+
+    shard: int
+    counts: Counts
+    host: str
+    ready_at: float
+    """When this worker was able to run its model, in seconds since 1970."""
+    finished_at: float
+
+
+class DroppedShard(Exception):
+    """The run was stopped, or another one holds the lease now: this shard must not be published."""
+
+
+class Decoder:
+    """Fetches and decodes images with its own threads, a bounded number of batches ahead."""
+
+    def __init__(self, task: Task, *, num_threads: int) -> None:
+        self.task = task
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+    def decode(self, shard: Shard) -> Iterator[DecodedBatch]:
+        """The images of `shard` in the order of the plan, in batches."""
+        images = iter(read_images(self.task.folder, shard))
+        ahead: deque[Future[tuple[ImageRow, Tensor | None]]] = deque()
+        window = self.task.batch_size * (1 + _BATCHES_AHEAD)
+        try:
+            while True:
+                ahead += [self._threads.submit(self._open, image) for image in islice(images, window - len(ahead))]
+                if not ahead:
+                    return
+                done = [ahead.popleft().result() for _ in range(min(self.task.batch_size, len(ahead)))]
+                pixels = [tensor for _, tensor in done if tensor is not None]
+                yield DecodedBatch([row for row, _ in done], torch.stack(pixels) if pixels else self._no_pixels())
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def _open(self, image: ListedImage) -> tuple[ImageRow, Tensor | None]:
+        row = ImageRow(image.uri, image.target)
+        if image.error is not None:
+            row.fail("list", image.error)
+            return row, None
+        try:
+            content, row.attempts = read_image(image.uri, retries=self.task.retries)
+            row.size_bytes = len(content)
+            picture = decode(content, exif=self.task.exif, max_pixels=self.task.max_pixels)
+            row.width, row.height = picture.size
+            return row, self.task.preset.exact(picture)
+        except ReadError as error:
+            row.attempts = error.attempts
+            row.fail("read", str(error))
+        except DecodeError as error:
+            row.fail("decode", str(error))
+        return row, None
+
+    def _no_pixels(self) -> Tensor:
+        return torch.empty((0, 3, self.task.preset.crop, self.task.preset.crop), dtype=torch.uint8)
+
+
+class Labeller:
+    """Runs the model on decoded batches and commits their shard."""
+
+    def __init__(self, task: Task, model: Model, *, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.task = task
+        self.model = model
+        self.predictor = Predictor(model, device=device, precision=task.precision, top_k=task.top_k)
+        self._ready_at = time.time()
+
+    def label(self, shard: Shard, batches: Iterable[DecodedBatch]) -> Done:
+        """Predict and commit; raises DroppedShard where the run may not publish any more."""
+        tables = []
+        for batch in batches:
+            self._check_fence()
+            tables.append(self._predict(batch))
+        self._check_fence()
+        counts = commit_part(self.task.folder, shard, pa.concat_tables(tables), run_hash=self.task.run_hash)
+        return Done(
+            shard=shard.index,
+            counts=counts,
+            host=socket.gethostname(),
+            ready_at=self._ready_at,
+            finished_at=time.time(),
+        )
+
+    def _check_fence(self) -> None:
+        if not self.task.fence.is_open:
+            raise DroppedShard
+
+    def _predict(self, batch: DecodedBatch) -> pa.Table:
+        best = self.predictor(batch.pixels) if len(batch.pixels) else _no_predictions(self.task.top_k)
+        is_finite = np.isfinite(best.scores).all(axis=1)
+        decoded = [row for row in batch.rows if row.error is None]
+        for row, scores in zip(decoded, best.scores, strict=True):
+            if not np.isfinite(scores).all():
+                row.fail("predict", "NonFiniteScore: the model's output for this image is no number")
+        return self._to_table(batch.rows, TopK(best.scores[is_finite], best.label_ids[is_finite]))
+
+    def _to_table(self, rows: list[ImageRow], best: TopK) -> pa.Table:
+        """The rows with the predictions of those among them that have no error."""
+        count, k = len(rows), self.task.top_k
+        failed = np.array([row.error is not None for row in rows])
+        categories = pa.array(self.model.categories, pa.string())
+        label_ids = pa.array(best.label_ids.ravel(), pa.int32())
+        predictions = pa.StructArray.from_arrays(
+            [categories.take(label_ids), label_ids, pa.array(best.scores.ravel(), pa.float32())],
+            fields=list(schema.PREDICTION),
+        )
+        offsets = np.concatenate([[0], np.cumsum(np.where(failed, 0, k))]).astype(np.int32)
+        first = pa.array(np.where(failed, 0, offsets[:-1]), pa.int32(), mask=failed)
+        columns = {
+            "predictions": pa.ListArray.from_arrays(offsets, predictions, mask=pa.array(failed)),
+            "label": predictions.field("label").take(first),
+            "label_id": predictions.field("label_id").take(first),
+            "score": predictions.field("score").take(first),
+            "model": pa.repeat(self.model.name, count),
+            "run_id": pa.repeat(self.task.run_id, count),
+        }
+        arrays = [
+            columns[field.name]
+            if field.name in columns
+            else pa.array([getattr(r, field.name) for r in rows], field.type)
+            for field in schema.PREDICTIONS
+        ]
+        return pa.Table.from_arrays(arrays, schema=schema.PREDICTIONS)
+
+
+def _no_predictions(k: int) -> TopK:
+    return TopK(np.empty((0, k), np.float32), np.empty((0, k), np.int32))
