@@ -29,10 +29,11 @@ def parse(kind: type[Config], arguments: list[str], *, command: str, description
     return tyro.cli(
         kind,
         args=arguments,
-        default=kind(**_read_yaml(kind, path)) if path else None,
+        default=kind(**(_read_yaml(kind, path) if path else {})),
         prog=f"nightshift {command}",
         description=f"{description}\n\nEvery flag can also stand in a YAML file, given as --config FILE.",
-        config=(tyro.conf.FlagCreatePairsOff,),
+        # Without these, `--include '*.jpg' photos/` would take photos/ for a second pattern.
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction, tyro.conf.DisallowNone),
     )
 
 
@@ -45,15 +46,13 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
         if {"-v", "--verbose"} & set(arguments):
             traceback.print_exc()
         else:
-            print(
-                "\n".join(f"error: {line}" if not line.startswith(" ") else line for line in str(error).split("\n")),
-                file=sys.stderr,
-            )
+            for fault in getattr(error, "faults", (error,)):
+                print(f"error: {fault}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         return int(interrupt.args[0]) + 128 if interrupt.args else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has seen enough
-        sys.stdout = None  # type: ignore[assignment]  # nothing is left to flush into it
+        sys.stdout = None  # nothing is left to flush into it
         return 0
 
 
@@ -67,7 +66,7 @@ def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
             return arguments[:index] + arguments[index + 1 :], argument.removeprefix("--config=")
         if argument == "--config":
             if index + 1 == len(arguments):
-                raise ConfigError(["--config: name a YAML file"])
+                raise ConfigError("--config: name a YAML file")
             return arguments[:index] + arguments[index + 2 :], arguments[index + 1]
     return arguments, None
 
@@ -77,13 +76,12 @@ def _read_yaml(kind: type[Config], path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"--config {path}: {error}"]) from error
+        raise ConfigError(f"--config {path}: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError([f"--config {path}: is no mapping of flags to values"])
-    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        raise ConfigError(f"--config {path}: is no mapping of flags to values")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     named = {str(name).replace("-", "_"): value for name, value in values.items()}
-    if unknown := sorted(named.keys() - known.keys()):
-        raise ConfigError(
-            [f"--config {path}: unknown setting {name!r}; known are {', '.join(known)}" for name in unknown]
-        )
+    if unknown := sorted(named.keys() - set(known)):
+        faults = (f"--config {path}: unknown setting {name!r}; known are {', '.join(known)}" for name in unknown)
+        raise ConfigError(*faults)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}

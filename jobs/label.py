@@ -10,48 +10,46 @@ inputs ─ list ─ plan ─ shards ═ Ray Data ═ worker: fetch → decode �
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json as jsonlib
+import math
 import os
 import sys
 import time
-import traceback
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
+import psutil
 import tyro
 
-from jobs.cli import EXIT_INTERRUPTED, parse, run_command
+from jobs.cli import parse, run_command
 from pipeline import plan as plans
 from pipeline.commit import PREDICTIONS_DIR, Counts, find_committed, sweep_foreign
-from pipeline.errors import ConfigError, InterruptedRunError, NoImagesError, OutputError
+from pipeline.errors import ConfigError, OutputError
 from pipeline.lease import HeldLease, hold_lease
+from pipeline.listing import Inputs
 from pipeline.plan import Listing, Plan
 from pipeline.run import (
     DRIVER_LOG,
     SUCCESS,
     Account,
     clear_run,
-    describe_nothing_found,
     find_finished,
-    keep_alive,
+    keep_account,
     open_run_folder,
     refuse_changes,
 )
-from pipeline.sources import ListedImage, Selection, Source, drop_nested, open_source
-from pipeline.sources.base import IMAGE_SUFFIXES
+from pipeline.sources import ListedImage, Selection
 from pipeline.storage import LocalFolder
-from pipeline.terminal import Progress, Rate, format_seconds, redirect_output
+from pipeline.terminal import Progress, Rate, format_seconds, open_terminal
 
 if TYPE_CHECKING:
     import pyarrow.dataset
 
-    from pipeline.dispatch import Cluster, Scaling
+    from pipeline.cluster import Cluster, Scaling
     from pipeline.models import Model
+    from pipeline.picture import LabelledPicture
     from pipeline.worker import Task
 
 Auto = Literal["auto"]
@@ -64,7 +62,8 @@ IDENTITY: Final = (
 ).split()
 PRESET: Final = "resize crop mean std interpolation".split()
 # Seen on runs with the top five of ImageNet: what a row takes in a part, compressed.
-BYTES_PER_ROW: Final = 110
+BYTES_PER_ROW: Final = 60
+BYTES_PER_PREDICTION: Final = 24
 CPU_BATCH_SIZE: Final = 32
 GPU_BATCH_SIZE: Final = 256
 EXIT_TOO_MANY_FAILURES: Final = 3
@@ -86,12 +85,12 @@ class LabelConfig:
     """Settings of a labelling job: its Python API, its YAML file and its flags."""
 
     # Input
-    inputs: tyro.conf.Positional[tuple[str, ...]] = ()
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")] = ()
     """Folders and image files."""
     include: tuple[str, ...] = ()
-    """Only files that match one of these globs: of the name, or of the path below the input if there is a slash in it."""
+    """Only files that match this glob: in their name, or, if it has a slash, in their path below the input."""
     exclude: tuple[str, ...] = ()
-    """No files that match one of these globs."""
+    """No files that match this glob."""
     target: Literal["none", "folder"] = "none"
     """Where the true label of an image comes from: `folder` is the name of the folder it lies in."""
     limit: int | None = None
@@ -199,7 +198,7 @@ class LabelConfig:
             if is_faulty
         ]
         if faults:
-            raise ConfigError(faults)
+            raise ConfigError(*faults)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -239,26 +238,30 @@ class LabelResult:
 # An archive
 
 
-def run(config: LabelConfig) -> LabelResult:
+def run(config: LabelConfig, *, started: float | None = None) -> LabelResult:
     """Label all images of `config.inputs` into `config.output`, or continue where an earlier run ended.
 
+    `started` is when the user asked for it, in seconds since 1970, for the account of the run; by default, now.
     Raises a PipelineError, which carries the exit code, where the command cannot be carried out or the run fails.
     """
     config.check()
     if config.output is None:
-        raise ConfigError(["-o: name a folder for the result"])
+        raise ConfigError("-o: name a folder for the result")
     folder = open_run_folder(config.output)
     if not config.overwrite and (finished := find_finished(folder)):
         _refuse_changes(config, finished["config"]["given"], finished["config"]["resolved"])
         return LabelResult(output=config.output, account=finished, exit_code=0)
-    sources = _open_sources(config)
-    with hold_lease(folder, overwrite=config.overwrite) as lease, _open_terminal(config, folder) as progress:
+
+    inputs = _open_inputs(config)
+    started = time.time() if started is None else started
+    log = folder.path(DRIVER_LOG)
+    with hold_lease(folder, overwrite=config.overwrite) as lease, open_terminal(log, is_quiet=config.quiet) as progress:
         plan = _find_plan(config, folder, lease)
         committed = find_committed(folder, plans.read_shards(folder), run_hash=plan.run_hash) if plan else {}
         if plan and len(committed) == plan.listing.num_shards:
-            account = Account(folder, plan, committed)
+            account = Account(folder, plan, committed, started=started)
         else:
-            account = _label(config, folder, lease, plan, committed, sources, progress)
+            account = _label(config, folder, lease, plan, committed, inputs, progress, started)
         return _finish(config, folder, account)
 
 
@@ -268,36 +271,38 @@ def _label(
     lease: HeldLease,
     plan: Plan | None,
     committed: dict[int, Counts],
-    sources: list[Source],
+    inputs: Inputs,
     progress: Progress,
+    started: float,
 ) -> Account:
-    """List where there is no plan yet, then work through the shards that are not committed."""
+    """List the images where there is no plan yet, then work through the shards that are not committed."""
     timings: dict[str, float] = {}
+    progress.show(f"loading {config.model}")
     with _timed(timings, "model_s"):
-        progress.show(f"loading {config.model}")
         model = _open_model(config, plan)
     with _timed(timings, "plan_s"):
-        listing = plan.listing if plan else _list_images(config, folder, sources, progress)
+        listing = plan.listing if plan else _list_images(config, folder, inputs, progress)
+
     progress.show("starting Ray")
-    began = time.monotonic()
+    cluster_began = time.monotonic()
+    from pipeline.cluster import open_cluster  # here, since Ray takes seconds to import
+    from pipeline.dispatch import run_shards
 
-    from pipeline import dispatch
-
-    with dispatch.open_cluster(config.address) as cluster:
-        timings["cluster_s"] = time.monotonic() - began
+    with open_cluster(config.address) as cluster:
+        timings["cluster_s"] = time.monotonic() - cluster_began
         scaling = _find_scaling(config, cluster, listing)
         if plan is None:
             resolved = _resolve(config, model, listing, cluster, scaling)
             plan = plans.seal_plan(folder, listing, given=config.identity, resolved=resolved, epoch=lease.epoch)
-        account = Account(folder, plan, committed)
+        account = Account(folder, plan, committed, started=started)
         account.timings = timings
-        account.cluster = dataclasses.asdict(cluster) | dataclasses.asdict(scaling)
-        todo = [shard for shard in plans.read_shards(folder) if shard.index not in committed]
+        account.cluster = asdict(cluster) | asdict(scaling)
+        shards = [shard for shard in plans.read_shards(folder) if shard.index not in committed]
         task = _describe_task(config, folder, lease, plan, model, scaling)
         rate = Rate()
         progress.show(partial(_describe_progress, account, rate))
-        with keep_alive(lease, account), _account_for_the_end(config, lease, account, scaling):
-            for done in dispatch.run_shards(task, model, plans.stride_order(todo), scaling=scaling):
+        with keep_account(account, lease, max_in_work=scaling.max_shards_in_work * listing.shard_size):
+            for done in run_shards(task, model, plans.stride_order(shards), scaling=scaling):
                 account.add(done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
                 rate.add(done.counts.num_images)
     return account
@@ -313,75 +318,43 @@ def _finish(config: LabelConfig, folder: LocalFolder, account: Account) -> Label
     return LabelResult(output=str(config.output), account=written, exit_code=0)
 
 
-@contextlib.contextmanager
-def _account_for_the_end(config: LabelConfig, lease: HeldLease, account: Account, scaling: Scaling) -> Iterator[None]:
-    """However the work ends early, the workers are stopped and run.json says so."""
-    account.write("running")
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        lease.stop()
-        account.write("stopped")
-        listing = account.plan.listing
-        missing = listing.num_images - account.counts.num_images
-        in_work = min(scaling.max_workers * 2 * listing.shard_size, missing)
-        raise InterruptedRunError(
-            f"stopped: {account.counts.num_images:,} of {listing.num_images:,} images are done and kept in "
-            f"{config.output!r}, up to {in_work:,} that were in work will be redone; the same command continues",
-            exit_code=128 + interrupt.args[0] if interrupt.args else EXIT_INTERRUPTED,
-        ) from None
-    except BaseException:
-        lease.stop()
-        account.write("failed")
-        raise
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # What a run starts from: inputs, plan, model, scaling
 
 
-def _open_sources(config: LabelConfig) -> list[Source]:
-    """The sources of all inputs, in the order of the plan; one error names every input that is missing."""
-    selection = Selection(config.include, config.exclude)
-    sources, faults = [], []
-    for given in drop_nested([os.path.abspath(path) for path in config.inputs])[0]:
-        try:
-            sources.append(open_source(given, selection=selection, target=config.target, output=config.output))
-        except NoImagesError as error:
-            faults.append(str(error))
-    if faults:
-        raise NoImagesError("\n".join(faults))
-    return sources
+def _open_inputs(config: LabelConfig) -> Inputs:
+    return Inputs(
+        config.inputs,
+        selection=Selection(config.include, config.exclude),
+        target=config.target,
+        output=config.output,
+        limit=config.limit,
+    )
 
 
-def _list_images(config: LabelConfig, folder: LocalFolder, sources: list[Source], progress: Progress) -> Listing:
-    """Stream all images to disk, as the unsealed plan; raises NoImagesError where there is none."""
-    if dropped := drop_nested([os.path.abspath(path) for path in config.inputs])[1]:
-        progress.notice(f"inputs inside other inputs are read once: {', '.join(dropped)}")
+def _list_images(config: LabelConfig, folder: LocalFolder, inputs: Inputs, progress: Progress) -> Listing:
+    """Stream all images to disk, as a plan that is not sealed yet."""
+    if inputs.nested:
+        progress.notice(f"inputs inside other inputs are read once: {', '.join(inputs.nested)}")
     num_listed = 0
     progress.show(lambda: f"listing: {num_listed:,} images")
 
-    def images() -> Iterator[ListedImage]:
+    def count() -> Iterator[ListedImage]:
         nonlocal num_listed
-        for image in _iter_images(config, sources):
+        for image in inputs.list_images():
             num_listed += 1
             yield image
 
-    shard_size = None if config.shard_size == "auto" else config.shard_size
-    most = plans.MAX_SPLIT_SHARD_SIZE if config.decode_on == "cpu-nodes" else plans.MAX_SHARD_SIZE
-    listing = plans.write_listing(folder, images(), shard_size=shard_size, max_shard_size=most)
-    if listing.num_images == 0:
-        raise _nothing_found(config, sources)
-    return listing
+    return plans.write_listing(
+        folder,
+        count(),
+        shard_size=None if config.shard_size == "auto" else config.shard_size,
+        max_shard_size=_find_max_shard_size(config),
+    )
 
 
-def _iter_images(config: LabelConfig, sources: list[Source]) -> Iterator[ListedImage]:
-    return islice((image for source in sources for image in source.list_images()), config.limit)
-
-
-def _nothing_found(config: LabelConfig, sources: list[Source]) -> NoImagesError:
-    skipped: Counter[str] = sum((source.skipped for source in sources), Counter())
-    return describe_nothing_found(list(config.inputs), skipped, sorted(IMAGE_SUFFIXES))
+def _find_max_shard_size(config: LabelConfig) -> int:
+    return plans.MAX_SPLIT_SHARD_SIZE if config.decode_on == "cpu-nodes" else plans.MAX_SHARD_SIZE
 
 
 def _find_plan(config: LabelConfig, folder: LocalFolder, lease: HeldLease) -> Plan | None:
@@ -407,26 +380,24 @@ def _open_model(config: LabelConfig, plan: Plan | None) -> Model:
     overrides = {name: getattr(config, name) for name in PRESET if getattr(config, name) is not None}
     model = open_model(config.model, weights=config.weights, labels=config.labels, overrides=overrides)
     if config.top_k > model.num_classes:
-        raise ConfigError([f"--top-k {config.top_k}: model {config.model!r} has {model.num_classes} classes"])
+        raise ConfigError(f"--top-k {config.top_k}: model {config.model!r} has {model.num_classes} classes")
     if plan is not None and (fixed := model.describe()) != plan.resolved["fixed"]:
         changed = [name for name, value in fixed.items() if value != plan.resolved["fixed"].get(name)]
         raise OutputError(
-            f"output {config.output!r} holds a run of another {config.model!r}: its {', '.join(changed)} changed since; "
+            f"output {config.output!r} holds a run of another {config.model!r}: {', '.join(changed)} changed since; "
             f"name another output, or start anew with --overwrite"
         )
     return model
 
 
 def _find_scaling(config: LabelConfig, cluster: Cluster, listing: Listing) -> Scaling:
-    from pipeline.dispatch import find_scaling
+    from pipeline.cluster import find_scaling
 
     is_split = config.decode_on == "cpu-nodes"
     if is_split and listing.shard_size > plans.MAX_SPLIT_SHARD_SIZE:
         raise ConfigError(
-            [
-                f"--decode-on cpu-nodes: the shards of this run hold {listing.shard_size:,} images, and only up to "
-                f"{plans.MAX_SPLIT_SHARD_SIZE} can be sent between nodes; continue without it, or use --overwrite"
-            ]
+            f"--decode-on cpu-nodes: the shards of this run hold {listing.shard_size:,} images, and only up to "
+            f"{plans.MAX_SPLIT_SHARD_SIZE} can be sent between nodes; continue without it, or use --overwrite"
         )
     return find_scaling(
         cluster,
@@ -440,16 +411,16 @@ def _find_scaling(config: LabelConfig, cluster: Cluster, listing: Listing) -> Sc
 
 def _resolve(config: LabelConfig, model: Model, listing: Listing, cluster: Cluster, scaling: Scaling) -> dict[str, Any]:
     """The identity of the run with no `auto` left in it."""
-    from pipeline.dispatch import find_best_precision
+    from pipeline.cluster import find_best_precision
 
     precision: str = config.precision
     if precision == "auto":
         precision = find_best_precision(cluster, num_gpus=scaling.gpus_per_worker)
     elif precision == "fp16" and not scaling.gpus_per_worker:
-        raise ConfigError(["--precision fp16: needs GPUs, and the cluster has none"])
+        raise ConfigError("--precision fp16: needs GPUs, and the cluster has none")
     return {
         **config.identity,
-        **dataclasses.asdict(model.preset),
+        **asdict(model.preset),
         "weights": model.weights,
         "precision": precision,
         "shard_size": listing.shard_size,
@@ -485,61 +456,44 @@ def _describe_task(
 
 
 def show(config: LabelConfig) -> int:
-    """Print the top classes of each picture, in this process and without Ray; the number of pictures that failed."""
+    """Print the top classes of each picture, found in this process and without Ray; returns the exit code."""
     config.check()
     if folders := [path for path in config.inputs if os.path.isdir(path)]:
-        raise ConfigError([f"{path!r} is a folder: name an output for its labels with -o" for path in folders])
-    sources = [open_source(path, selection=Selection(), target="none") for path in config.inputs]
+        raise ConfigError(*(f"{path!r} is a folder: name an output for its labels with -o" for path in folders))
+    Inputs(config.inputs, selection=Selection())  # says which of them are missing
 
-    from pipeline.decode import decode
-    from pipeline.errors import ImageError
-    from pipeline.predict import Predictor
-    from pipeline.storage import read_image
+    from pipeline.picture import label_pictures
 
-    model = _open_model(config, None)
-    precision = "fp32" if config.precision == "auto" else config.precision
-    predictor = Predictor(model, precision=precision, top_k=config.top_k)
-    pictures: list[dict[str, Any]] = []
-    for given, image in zip(
-        config.inputs, (image for source in sources for image in source.list_images()), strict=True
-    ):
-        try:
-            content, _ = read_image(image.uri, retries=config.retries)
-            picture = decode(content, exif=config.exif, max_pixels=config.max_pixels)
-            best = predictor(model.preset.exact(picture).unsqueeze(0))
-        except ImageError as error:
-            pictures.append({"file": given, "error": str(error)})
-            continue
-        classes = zip(best.label_ids[0].tolist(), best.scores[0].tolist(), strict=True)
-        predictions = [{"label": model.categories[i], "label_id": i, "score": score} for i, score in classes]
-        pictures.append({"file": given, "predictions": predictions})
-    print(jsonlib.dumps(pictures, indent=2) if config.json else "\n\n".join(map(_describe_picture, pictures)))
-    return sum("error" in picture for picture in pictures)
+    pictures = label_pictures(
+        config.inputs,
+        _open_model(config, None),
+        precision="fp32" if config.precision == "auto" else config.precision,
+        top_k=config.top_k,
+        exif=config.exif,
+        max_pixels=config.max_pixels,
+        retries=config.retries,
+    )
+    labelled = []
+    for picture in pictures:
+        if not config.json:
+            print(_describe_picture(picture), flush=True)
+        labelled.append(picture)
+    if config.json:
+        print(jsonlib.dumps([asdict(picture) for picture in labelled], indent=2))
+    num_failed = sum(picture.error is not None for picture in labelled)
+    return EXIT_TOO_MANY_FAILURES if num_failed > config.max_failure_rate * len(labelled) else 0
 
 
-def _describe_picture(picture: dict[str, Any]) -> str:
-    lines = [picture["file"]]
-    if "error" in picture:
-        lines.append(f"  cannot be labelled: {picture['error']}")
-    lines += [f"  {100 * best['score']:5.1f} %  {best['label']}" for best in picture.get("predictions", ())]
+def _describe_picture(picture: LabelledPicture) -> str:
+    lines = [picture.file]
+    if picture.error is not None:
+        lines.append(f"  cannot be labelled: {picture.error}")
+    lines += [f"  {best.score:6.1%}  {best.label}" for best in picture.predictions]
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a person reads
-
-
-@contextlib.contextmanager
-def _open_terminal(config: LabelConfig, folder: LocalFolder) -> Iterator[Progress]:
-    """The progress line; all other output of this process and of Ray's goes to the run's log, tracebacks too."""
-    log = folder.path(DRIVER_LOG)
-    with redirect_output(log) as stream, Progress(stream, is_quiet=config.quiet) as progress:
-        try:
-            yield progress
-        except BaseException:
-            with open(log, "a", encoding="utf-8") as file:
-                traceback.print_exc(file=file)
-            raise
 
 
 @contextlib.contextmanager
@@ -551,7 +505,7 @@ def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
 
 def _describe_progress(account: Account, rate: Rate) -> str:
     done, total = account.counts.num_images, account.plan.listing.num_images
-    parts = [f"{done:,}/{total:,} images ({done / total:.0%})"]
+    parts = [f"{done:,}/{total:,} images"]
     if speed := rate.images_per_s:
         parts += [f"{speed:,.1f} images/s", f"{format_seconds((total - done) / speed)} left"]
     else:
@@ -563,41 +517,42 @@ def _describe_progress(account: Account, rate: Rate) -> str:
 
 def _describe_result(result: LabelResult, config: LabelConfig) -> str:
     counts, throughput = result.account["counts"], result.account["throughput"]
+    took = format_seconds(throughput["seconds"])
     speed = f", {throughput['images_per_s']:,} images/s" if throughput["images_per_s"] else ""
-    lines = [
-        f"{counts['labelled']:,} of {counts['listed']:,} images labelled in {format_seconds(throughput['seconds'])}{speed}"
-    ]
+    lines = [f"{counts['labelled']:,} of {counts['listed']:,} images labelled in {took}{speed}"]
     lines += [f"{number:>7,} failed: {kind}" for kind, number in result.account["failures"].items()]
     if result.exit_code:
         rate = counts["failed"] / counts["listed"]
         lines.append(
-            f"more than --max-failure-rate {config.max_failure_rate:g} failed ({rate:.1%}): no _SUCCESS is written"
+            f"{rate:.1%} failed, and --max-failure-rate is {config.max_failure_rate:.1%}: no _SUCCESS is written; "
+            f"the same command with a higher limit accepts the result"
         )
+    parts = f"{result.predictions}/*.parquet"
     lines += [
         f"labels   {result.predictions}",
-        f"read it  duckdb -c \"SELECT label, count(*) FROM '{result.predictions}/*.parquet' GROUP BY label ORDER BY 2 DESC\"",
+        f"read it  duckdb -c \"SELECT label, count(*) FROM '{parts}' GROUP BY label ORDER BY 2 DESC\"",
     ]
     return "\n".join(lines)
 
 
 def _describe_dry_run(config: LabelConfig) -> str:
     """What a run would do: counts, shards, disk and time."""
-    sources = _open_sources(config)
+    inputs = _open_inputs(config)
     num_images = num_unlisted = 0
-    for image in _iter_images(config, sources):
+    for image in inputs.list_images():
         num_images += 1
         num_unlisted += image.error is not None
-    if num_images == 0:
-        raise _nothing_found(config, sources)
-    most = plans.MAX_SPLIT_SHARD_SIZE if config.decode_on == "cpu-nodes" else plans.MAX_SHARD_SIZE
-    size = min(plans.find_shard_size(num_images), most) if config.shard_size == "auto" else config.shard_size
+    size = config.shard_size
+    if size == "auto":
+        size = plans.find_shard_size(num_images, max_shard_size=_find_max_shard_size(config))
+    hours = [f"{format_seconds(num_images / speed)} at {speed:,} images/s" for speed in (100, 1_000)]
     lines = [
         f"images  {num_images:,}" + (f", and {num_unlisted:,} folders that cannot be read" if num_unlisted else ""),
-        f"shards  {-(-num_images // size):,} of up to {size:,} images",
-        f"disk    about {num_images * (BYTES_PER_ROW + 22 * config.top_k) / 1e6:,.1f} MB",
-        f"time    {format_seconds(num_images / 100)} at 100 images/s, {format_seconds(num_images / 1000)} at 1,000 images/s",
+        f"shards  {math.ceil(num_images / size):,} of up to {size:,} images",
+        f"disk    about {num_images * (BYTES_PER_ROW + BYTES_PER_PREDICTION * config.top_k) / 1e6:,.1f} MB of labels",
+        f"time    {', '.join(hours)}",
+        *(f"skipped {count:,} {kind}" for kind, count in inputs.skipped.most_common()),
     ]
-    lines += [f"skipped {count:,} {kind}" for source in sources for kind, count in source.skipped.most_common()]
     return "\n".join(lines)
 
 
@@ -610,9 +565,8 @@ def main(arguments: list[str]) -> int:
         print(_describe_dry_run(config))
         return 0
     if config.output is None:
-        failed = show(config)
-        return EXIT_TOO_MANY_FAILURES if failed > config.max_failure_rate * len(config.inputs) else 0
-    result = run(config)
+        return show(config)
+    result = run(config, started=psutil.Process().create_time())
     print(jsonlib.dumps(result.account, indent=2) if config.json else _describe_result(result, config))
     return result.exit_code
 

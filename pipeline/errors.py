@@ -2,7 +2,7 @@
 
 PipelineError                  1   the run failed or was stopped early
 ├── UsageError                 2   the command cannot be carried out as it was given
-│   ├── ConfigError            2   flags with faulty values, all faults at once
+│   ├── ConfigError            2   flags with values that cannot work, all of them at once
 │   ├── NoImagesError          2   an input that is missing, or holds no image
 │   ├── ModelError             2   a model or its weights cannot be had
 │   ├── OutputError            2   the output folder cannot be used for this run
@@ -25,17 +25,17 @@ class PipelineError(Exception):
 
 
 class UsageError(PipelineError):
-    """The command cannot be carried out as it was given; nothing was started."""
+    """The command cannot be carried out as it was given, for each of the `faults`; nothing was started."""
 
     exit_code = 2
 
-
-class ConfigError(UsageError):
-    """One or more flags have values that cannot work; `faults` lists every one of them."""
-
-    def __init__(self, faults: list[str]) -> None:
+    def __init__(self, *faults: str) -> None:
         self.faults = faults
         super().__init__("\n".join(faults))
+
+
+class ConfigError(UsageError):
+    """Flags have values that cannot work."""
 
 
 class NoImagesError(UsageError):
@@ -67,8 +67,8 @@ class WorkerError(PipelineError):
 class InterruptedRunError(PipelineError):
     """The run was interrupted by a signal: what is committed stays, the rest is redone by the same command."""
 
-    def __init__(self, message: str, *, exit_code: int) -> None:
-        self.exit_code = exit_code
+    def __init__(self, message: str, *, signal: int) -> None:
+        self.exit_code = 128 + signal
         super().__init__(message)
 
 

@@ -110,7 +110,7 @@ def write_listing(
                 writer.write_batch(_to_batch(rows))
                 num_images += len(rows)
 
-    size = shard_size or min(find_shard_size(num_images), max_shard_size)
+    size = shard_size or find_shard_size(num_images, max_shard_size=max_shard_size)
     firsts = range(0, num_images, size)
     digest.update(f"{num_images} {size}".encode())
     with folder.open_write(SHARDS) as file:
@@ -130,12 +130,12 @@ def seal_plan(
     return load_plan(folder) or plan
 
 
-def find_shard_size(num_images: int) -> int:
-    """The power of two nearest to a 512th of `num_images`, between 64 and 4,096."""
+def find_shard_size(num_images: int, *, max_shard_size: int = MAX_SHARD_SIZE) -> int:
+    """The power of two nearest to a 512th of `num_images`, between 64 and `max_shard_size`."""
     wanted = max(num_images / _WANTED_SHARDS, 1)
     below = 1 << math.floor(math.log2(wanted))
     nearest = below if wanted - below < 2 * below - wanted else 2 * below
-    return min(max(nearest, MIN_SHARD_SIZE), MAX_SHARD_SIZE)
+    return min(max(nearest, MIN_SHARD_SIZE), max_shard_size)
 
 
 def _groups(head: list[ListedImage], images: Iterator[ListedImage]) -> Iterator[list[ListedImage]]:

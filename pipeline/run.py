@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 from pipeline.commit import Counts, sweep_foreign
-from pipeline.errors import NoImagesError, OutputError
+from pipeline.errors import InterruptedRunError, OutputError
 from pipeline.lease import HEARTBEAT_S, HeldLease
 from pipeline.plan import PLAN_DIR, Plan
 from pipeline.storage import LocalFolder, has_scheme
@@ -111,15 +112,15 @@ def _show(value: Any) -> str:
 class Account:
     """What run.json says; counted in the driver's main thread, written from wherever it is time to."""
 
-    def __init__(self, folder: LocalFolder, plan: Plan, committed: dict[int, Counts]) -> None:
-        """Start from what earlier invocations have committed."""
+    def __init__(self, folder: LocalFolder, plan: Plan, committed: dict[int, Counts], *, started: float) -> None:
+        """Start from what earlier invocations have committed; `started` is in seconds since 1970."""
         self._folder = folder
         self._guard = threading.Lock()
         self.plan = plan
         self.counts = Counts()
         self.timings: dict[str, float] = {}
         self.cluster: dict[str, Any] | None = None
-        self._started = time.time()
+        self._started = started
         self._before = _read_invocations(folder, plan.run_id)
         for counts in committed.values():
             self.counts.add(counts)
@@ -199,8 +200,12 @@ class Account:
 
 
 @contextlib.contextmanager
-def keep_alive(lease: HeldLease, account: Account) -> Iterator[None]:
-    """Renew the lease and refresh run.json while the block lasts."""
+def keep_account(account: Account, lease: HeldLease, *, max_in_work: int) -> Iterator[None]:
+    """Renew the lease and refresh run.json while the block lasts; however it ends early, run.json says so.
+
+    `max_in_work` is how many images workers may be at work on when they are stopped.
+    """
+    account.write("running")
     ended = threading.Event()
 
     def beat() -> None:
@@ -213,20 +218,24 @@ def keep_alive(lease: HeldLease, account: Account) -> Iterator[None]:
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
+    state: State = "failed"
     try:
         yield
+        state = "running"
+    except KeyboardInterrupt as interrupt:
+        state = "stopped"
+        done, listed = account.counts.num_images, account.plan.listing.num_images
+        raise InterruptedRunError(
+            f"stopped: {done:,} of {listed:,} images are done and kept, up to {min(max_in_work, listed - done):,} that "
+            f"were in work will be redone; the same command continues",
+            signal=interrupt.args[0] if interrupt.args else signal.SIGINT,
+        ) from None
     finally:
         ended.set()
         thread.join()
-
-
-def describe_nothing_found(inputs: list[str], skipped: dict[str, int], suffixes: list[str]) -> NoImagesError:
-    """The error for inputs without a single image: what was there instead, and what would have counted."""
-    seen = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(skipped.items(), key=lambda item: -item[1])[:8])
-    return NoImagesError(
-        f"found no images in {', '.join(map(repr, inputs))}"
-        f" ({'there are ' + seen if seen else 'nothing is there'}); images end in {' '.join(suffixes)}"
-    )
+        if state != "running":
+            lease.stop()
+        account.write(state)
 
 
 def _describe_model(resolved: Settings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -74,6 +75,18 @@ class Progress:
         with self._guard:
             self._stream.write(text)
             self._stream.flush()
+
+
+@contextlib.contextmanager
+def open_terminal(log: Path, *, is_quiet: bool) -> Iterator[Progress]:
+    """The progress line of a job, whose other output, Ray's and tracebacks among it, goes to `log`."""
+    with redirect_output(log) as stream, Progress(stream, is_quiet=is_quiet) as progress:
+        try:
+            yield progress
+        except BaseException:
+            with open(log, "a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+            raise
 
 
 @contextlib.contextmanager
