@@ -18,7 +18,10 @@ from pipeline.errors import DecodeError
 
 Exif = Literal["ignore", "apply"]
 
-FORMATS: Final = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+
+# Now, in one thread: Pillow loads its plugins at the first file, and is not safe against a second thread meanwhile.
+Image.init()
 
 # `decode` has its own limit, which the user can raise; Pillow's, which is global, would stay in the way.
 Image.MAX_IMAGE_PIXELS = None

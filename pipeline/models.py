@@ -21,6 +21,7 @@ from typing import Any, Final
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision import models as zoo
 
 from pipeline.errors import ModelError
@@ -250,11 +251,24 @@ def _seeded(name: str, arguments: dict[str, Any], categories: tuple[str, ...], p
 
 
 def _build_network(architecture: str, arguments: dict[str, Any]) -> nn.Module:
-    """An uninitialised network; only a factory that the user named is imported code."""
+    """A network without values in its layers; only a factory that the user named is imported code."""
     if ":" in architecture:
         return _call(_find_factory(architecture), architecture, arguments)
-    with torch.device("meta"):
+    with _EmptyLayers():
         return _call(partial(zoo.get_model, architecture), architecture, arguments)
+
+
+class _EmptyLayers(TorchFunctionMode):
+    """Layers make their parameters on the meta device, which takes no memory, and no time to initialise.
+
+    Unlike under `torch.device("meta")`, what constructors compute with, and buffers that no file holds, stay real.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def _seeded_network(architecture: str, arguments: dict[str, Any]) -> nn.Module:
@@ -294,7 +308,7 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
 def _check(model: Model) -> Model:
     """Try the forward pass on the meta device, so that a crop which the network cannot take is known at once."""
     side = model.preset.crop
-    network = _build_network(model.architecture, model.arguments).eval()
+    network = _build_network(model.architecture, model.arguments).to("meta").eval()
     try:
         with torch.inference_mode():
             scores = network(torch.empty(2, 3, side, side, device="meta"))
@@ -315,7 +329,7 @@ def _count_scores(scores: object, name: str) -> int:
 
 
 def _count_classes(name: str, arguments: dict[str, Any], state: StateDict, *, default: int) -> int:
-    """The number of classes in the weights: the length of the last bias, the head's in every torchvision classifier."""
+    """The classes that the weights are for: in every torchvision classifier, the last tensor belongs to the head."""
     last = next(reversed(_build_network(name, arguments).state_dict()))
     return state[last].shape[0] if last in state else default
 

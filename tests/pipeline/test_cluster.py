@@ -1,0 +1,53 @@
+import pytest
+
+from pipeline.cluster import Cluster, find_scaling
+from pipeline.errors import ConfigError
+
+
+def describe(*, cpus=8.0, gpus=0.0, nodes=1) -> Cluster:
+    return Cluster(
+        num_nodes=nodes,
+        num_cpus=cpus * nodes,
+        num_gpus=gpus * nodes,
+        cpus_per_node=cpus,
+        gpus_per_node=gpus,
+        is_own=False,
+        ray_version="2.60.0",
+    )
+
+
+def scale(cluster, **wishes):
+    auto = {"num_workers": "auto", "gpus_per_worker": None, "cpus_per_worker": None}
+    return find_scaling(cluster, **{**auto, "num_shards": 1000, "is_split": False, **wishes})
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wishes", "expected"),
+    [
+        # min and max workers, CPUs and GPUs of each, decoders
+        (describe(cpus=2), {}, (2, 2, 1, 0, 0)),
+        (describe(cpus=2), {"num_shards": 1}, (1, 1, 1, 0, 0)),
+        (describe(cpus=2), {"num_workers": "1"}, (1, 1, 1, 0, 0)),
+        (describe(cpus=2), {"num_workers": "4"}, (4, 4, 0.5, 0, 0)),
+        (describe(cpus=64), {}, (16, 16, 4, 0, 0)),
+        (describe(cpus=8, nodes=4), {}, (32, 32, 1, 0, 0)),
+        (describe(cpus=8), {"cpus_per_worker": 3.0}, (2, 2, 3, 0, 0)),
+        (describe(cpus=16, gpus=2, nodes=3), {}, (6, 6, 8, 1, 0)),
+        (describe(cpus=16, gpus=2), {"gpus_per_worker": 0.5}, (4, 4, 4, 0.5, 0)),
+        (describe(cpus=16, gpus=2), {"gpus_per_worker": 0.0}, (16, 16, 1, 0, 0)),
+        (describe(cpus=16, gpus=2), {"num_workers": "1..8"}, (1, 8, 8, 1, 0)),
+        (describe(cpus=2), {"is_split": True}, (1, 1, 1, 0, 1)),
+        (describe(cpus=1), {"is_split": True}, (1, 1, 0.5, 0, 1)),
+        (describe(cpus=16, gpus=2), {"is_split": True}, (2, 2, 1, 1, 14)),
+    ],
+)
+def test_workers_fill_the_cluster_and_no_more(cluster, wishes, expected):
+    scaling = scale(cluster, **wishes)
+    assert (scaling.min_workers, scaling.max_workers) == expected[:2]
+    assert (scaling.cpus_per_worker, scaling.gpus_per_worker, scaling.num_decoders) == expected[2:]
+
+
+def test_worker_that_no_node_can_hold_is_refused_for_every_reason_at_once():
+    with pytest.raises(ConfigError) as raised:
+        scale(describe(cpus=4, gpus=1), cpus_per_worker=8.0, gpus_per_worker=2.0)
+    assert len(raised.value.faults) == 2

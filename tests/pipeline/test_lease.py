@@ -1,0 +1,323 @@
+"""One run at a time may publish into a folder, and one that is dead or was replaced may not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import lease as leases
+from pipeline.errors import LeaseHeldError
+from pipeline.lease import LEASE, STALE_AFTER_S, Fence, Lease, hold_lease, read_lease
+from pipeline.storage import LocalFolder
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def write_lease(folder: LocalFolder, **fields) -> Lease:
+    """A lease as another run would have left it: by default this process's own, and live."""
+    own = {
+        "token": "0123456789abcdef",
+        "epoch": 7,
+        "state": "running",
+        "heartbeat": time.time(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "since": time.time(),
+    }
+    lease = Lease(**own | fields)
+    folder.put(LEASE, json.dumps(dataclasses.asdict(lease)).encode())
+    return lease
+
+
+def assert_refused(folder: LocalFolder, match: str = "is in use") -> None:
+    before = folder.read(LEASE)
+    for overwrite in (False, True):
+        with pytest.raises(LeaseHeldError, match=match), hold_lease(folder, overwrite=overwrite):
+            pass
+    assert folder.read(LEASE) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Taking and giving back
+
+
+def test_folder_without_a_lease_can_be_taken(folder):
+    assert read_lease(folder) is None
+    with hold_lease(folder, overwrite=False) as lease:
+        assert read_lease(folder).state == "running"
+        assert read_lease(folder).pid == os.getpid()
+        assert lease.epoch == 0
+    assert read_lease(folder).state == "released"
+
+
+def test_second_holder_is_refused_and_told_who_holds_it(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        holder = f"process {os.getpid()} on host {socket.gethostname()}, since 20"
+        assert_refused(folder, match=f"out' is in use by another run: {holder}")
+        assert lease.fence.is_open
+
+
+def test_stopping_run_still_holds_its_lease(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        lease.stop()
+        assert_refused(folder)
+
+
+def test_released_lease_can_be_taken_by_the_same_process(folder):
+    tokens = set()
+    for _ in range(3):
+        with hold_lease(folder, overwrite=False):
+            tokens.add(read_lease(folder).token)
+    assert len(tokens) == 3
+
+
+def test_lease_is_released_however_the_run_ends(folder):
+    with pytest.raises(KeyboardInterrupt), hold_lease(folder, overwrite=False):
+        raise KeyboardInterrupt
+    assert read_lease(folder).state == "released"
+
+
+def test_overwriting_begins_an_epoch_and_continuing_does_not(folder):
+    epochs = []
+    for overwrite in (False, False, True, False, True, True):
+        with hold_lease(folder, overwrite=overwrite) as lease:
+            epochs.append((lease.epoch, read_lease(folder).epoch))
+    assert epochs == [(0, 0), (0, 0), (1, 1), (1, 1), (2, 2), (3, 3)]
+
+
+def test_first_run_has_epoch_0_even_if_it_would_overwrite(folder):
+    with hold_lease(folder, overwrite=True) as lease:
+        assert lease.epoch == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Who is still at work
+
+
+def test_lease_of_a_dead_process_is_taken_over(folder):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = psutil.Process(process.pid).create_time()
+    write_lease(folder, pid=process.pid, started=started)
+    assert_refused(folder, match=f"process {process.pid} ")
+    process.communicate(b"\n")
+    with hold_lease(folder, overwrite=False) as lease:
+        assert lease.epoch == 7
+        assert read_lease(folder).pid == os.getpid()
+
+
+# BUG: a killed driver that nobody waits for (PID 1 of many containers waits for nobody) keeps its lease for ever.
+def test_lease_of_a_killed_process_that_nobody_waited_for_is_taken_over(folder):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        write_lease(folder, pid=process.pid, started=psutil.Process(process.pid).create_time())
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the table of processes
+        with hold_lease(folder, overwrite=False):
+            pass
+    finally:
+        process.communicate()
+
+
+def test_lease_of_an_earlier_process_with_the_same_pid_is_taken_over(folder):
+    write_lease(folder, started=psutil.Process().create_time() - 3600)
+    with hold_lease(folder, overwrite=False):
+        pass
+
+
+def test_live_process_holds_its_lease_without_a_heartbeat(folder):
+    write_lease(folder, heartbeat=time.time() - 10 * STALE_AFTER_S)  # suspended, say, or waiting for its file system
+    assert_refused(folder)
+
+
+@pytest.mark.parametrize("state", ["running", "stop"])
+def test_lease_of_another_host_is_held_while_its_heart_beats(folder, state):
+    write_lease(folder, host="elsewhere", state=state, heartbeat=time.time() - STALE_AFTER_S + 30)
+    assert_refused(folder, match="on host elsewhere")
+
+
+def test_lease_of_another_host_is_taken_over_when_its_heart_has_stopped(folder):
+    write_lease(folder, host="elsewhere", heartbeat=time.time() - STALE_AFTER_S - 1)
+    with hold_lease(folder, overwrite=False):
+        assert read_lease(folder).host == socket.gethostname()
+
+
+def test_released_lease_of_another_host_can_be_taken_at_once(folder):
+    write_lease(folder, host="elsewhere", state="released")
+    with hold_lease(folder, overwrite=False):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The fence
+
+
+def test_fence_is_open_while_the_lease_is_held(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        assert lease.fence.is_open
+        lease.renew()
+        assert lease.fence.is_open
+
+
+def test_fence_closes_when_the_run_is_stopped(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        lease.stop()
+        assert not lease.fence.is_open
+        lease.renew()  # a heartbeat in between does not open it again
+        assert not lease.fence.is_open
+
+
+def test_fence_closes_when_the_lease_is_released(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        fence = lease.fence
+    assert not fence.is_open
+
+
+def test_fence_closes_when_another_run_takes_over(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        write_lease(folder)
+        assert not lease.fence.is_open
+
+
+def test_fence_of_a_former_run_stays_closed_for_the_next(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        former = lease.fence
+    with hold_lease(folder, overwrite=False) as lease:
+        assert lease.fence.is_open
+        assert not former.is_open
+
+
+def test_fence_without_a_lease_is_closed(folder):
+    assert not Fence(folder, "0123456789abcdef").is_open
+
+
+def test_fence_travels_to_workers(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        assert pickle.loads(pickle.dumps(lease.fence)).is_open
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The heartbeat
+
+
+def test_renewing_writes_a_heartbeat_and_nothing_else(folder, monkeypatch):
+    with hold_lease(folder, overwrite=False) as lease:
+        before = read_lease(folder)
+        monkeypatch.setattr(leases.time, "time", lambda: before.heartbeat + 10)
+        lease.renew()
+        assert read_lease(folder) == dataclasses.replace(before, heartbeat=before.heartbeat + 10)
+
+
+def test_replaced_holder_leaves_its_successors_lease_alone(folder):
+    with hold_lease(folder, overwrite=False) as lease:
+        successor = write_lease(folder)
+        lease.renew()
+        lease.stop()
+        lease.release()
+        assert read_lease(folder) == successor
+    assert read_lease(folder) == successor
+
+
+def test_lease_is_always_readable(folder):
+    """Workers read it while the driver renews it."""
+    with hold_lease(folder, overwrite=False) as lease:
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.is_set():
+                lease.renew()
+
+        thread = threading.Thread(target=renew)
+        thread.start()
+        try:
+            assert all(lease.fence.is_open for _ in range(300))
+        finally:
+            ended.set()
+            thread.join()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Two at the same moment
+
+
+def test_look_and_take_are_one_step(folder, monkeypatch):
+    """Whoever has looked waits for the other to look as well, which it can only do once the first has written."""
+    both_have_looked = threading.Barrier(2)
+    results = []
+
+    def look(folder):
+        lease = read_lease(folder)
+        try:
+            both_have_looked.wait(timeout=0.3)
+        except threading.BrokenBarrierError:
+            pass
+        return lease
+
+    def take() -> None:
+        try:
+            with hold_lease(folder, overwrite=False):
+                results.append("held")
+                refused.wait(5)
+        except LeaseHeldError:
+            results.append("refused")
+            refused.set()
+
+    refused = threading.Event()
+    monkeypatch.setattr(leases, "read_lease", look)
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["held", "refused"]
+
+
+RACER = """
+import sys
+from pipeline.errors import LeaseHeldError
+from pipeline.lease import hold_lease
+from pipeline.storage import LocalFolder
+
+print("ready", flush=True)
+input()
+try:
+    with hold_lease(LocalFolder(sys.argv[1], scratch="tmp"), overwrite=False):
+        print("held", flush=True)
+        input()
+except LeaseHeldError:
+    print("refused", flush=True)
+"""
+
+
+def test_one_of_several_processes_that_start_at_once_wins(folder):
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(folder.root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        for _ in range(4)
+    ]
+    try:
+        assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 4
+        for racer in racers:
+            racer.stdin.write("\n")
+            racer.stdin.flush()
+        assert sorted(racer.stdout.readline() for racer in racers) == ["held\n"] + ["refused\n"] * 3
+    finally:
+        for racer in racers:
+            racer.communicate("\n")
+    assert read_lease(folder).state == "released"
