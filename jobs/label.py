@@ -304,7 +304,7 @@ def _label(
         with keep_account(account, lease, max_in_work=scaling.max_shards_in_work * listing.shard_size):
             for done in run_shards(task, model, plans.stride_order(shards), scaling=scaling):
                 account.add(done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
-                rate.add(done.counts.num_images)
+                rate.add(done.counts.num_images, at=done.finished_at, since=done.ready_at)
     return account
 
 
@@ -507,7 +507,10 @@ def _describe_progress(account: Account, rate: Rate) -> str:
     done, total = account.counts.num_images, account.plan.listing.num_images
     parts = [f"{done:,}/{total:,} images"]
     if speed := rate.images_per_s:
-        parts += [f"{speed:,.1f} images/s", f"{format_seconds((total - done) / speed)} left"]
+        parts += [
+            f"{speed:,.1f} images/s",
+            f"{format_seconds((total - done) / speed)} left" if done < total else "done",
+        ]
     else:
         parts.append("workers are starting")
     if account.counts.num_failed:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ray.exceptions import RayError
 
 from pipeline.errors import ClusterError, ConfigError
 
+CONNECT_TIMEOUT_S: Final = 10.0
 # Shards in a worker: one that the model works on, while the next is fetched and decoded.
 CONCURRENT_SHARDS: Final = 2
 # Each worker has a copy of the model and of PyTorch.
@@ -79,6 +81,7 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
     was_running = ray.is_initialized()
     on_terminate = signal.getsignal(signal.SIGTERM)
     if not was_running:
+        _check_reachable(address or os.environ.get("RAY_ADDRESS"))
         try:
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
@@ -91,6 +94,17 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
     finally:
         if not was_running:
             ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise ClusterError where nobody answers at `host:port` or `ray://host:port`: Ray itself would wait for ever."""
+    host, separator, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdecimal():
+        return  # `auto`, `local` or nothing: Ray looks around on this machine
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
 
 
 def _describe_cluster(*, is_own: bool) -> Cluster:

@@ -51,8 +51,6 @@ class Progress:
     def show(self, describe: str | Callable[[], str]) -> None:
         """What the line says from now on: a text, or a function that gives the text of the moment."""
         self._describe = describe if callable(describe) else lambda: describe
-        if not self._is_terminal and not self._is_quiet and isinstance(describe, str):
-            self._write(f"{describe}\n")
 
     def notice(self, text: str) -> None:
         """A line that stays."""
@@ -61,11 +59,14 @@ class Progress:
             self._write(f"{text}\n")
 
     def _run(self) -> None:
-        period = REDRAW_S if self._is_terminal else PLAIN_LINE_S
-        while not self._ended.wait(period):
-            if text := self._describe():
-                width = shutil.get_terminal_size().columns - 1
-                self._write(f"\r\x1b[K{text[:width]}" if self._is_terminal else f"{text}\n")
+        last = ""
+        while not self._ended.wait(REDRAW_S if self._is_terminal else PLAIN_LINE_S):
+            text = self._describe()
+            if self._is_terminal:
+                self._write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
+            elif text != last:
+                self._write(f"{text}\n")
+                last = text
 
     def _erase(self) -> None:
         if self._is_terminal and not self._is_quiet:
@@ -122,19 +123,22 @@ def _is_descriptor(stream: TextIO, descriptor: int) -> bool:
 class Rate:
     """Images per second over the last minute or so."""
 
-    def __init__(self, now: float | None = None) -> None:
-        self._marks = [(time.monotonic() if now is None else now, 0)]
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = []
 
-    def add(self, num_images: int, now: float | None = None) -> None:
-        """Count images that are finished at this moment."""
-        now = time.monotonic() if now is None else now
-        self._marks.append((now, self._marks[-1][1] + num_images))
-        while len(self._marks) > 2 and self._marks[1][0] < now - _RATE_WINDOW_S:
+    def add(self, num_images: int, *, at: float, since: float) -> None:
+        """Count images that were finished `at` a time, by work that had begun at `since` if these are the first."""
+        if not self._marks:
+            self._marks.append((since, 0))
+        self._marks.append((at, self._marks[-1][1] + num_images))
+        while len(self._marks) > 2 and self._marks[1][0] < at - _RATE_WINDOW_S:
             del self._marks[0]
 
     @property
     def images_per_s(self) -> float:
         """0.0 until something is finished."""
+        if not self._marks:
+            return 0.0
         (since, before), (until, after) = self._marks[0], self._marks[-1]
         return (after - before) / (until - since) if until > since else 0.0
 

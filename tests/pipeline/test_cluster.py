@@ -1,7 +1,7 @@
 import pytest
 
-from pipeline.cluster import Cluster, find_scaling
-from pipeline.errors import ConfigError
+from pipeline.cluster import Cluster, find_scaling, open_cluster
+from pipeline.errors import ClusterError, ConfigError
 
 
 def describe(*, cpus=8.0, gpus=0.0, nodes=1) -> Cluster:
@@ -51,3 +51,10 @@ def test_worker_that_no_node_can_hold_is_refused_for_every_reason_at_once():
     with pytest.raises(ConfigError) as raised:
         scale(describe(cpus=4, gpus=1), cpus_per_worker=8.0, gpus_per_worker=2.0)
     assert len(raised.value.faults) == 2
+
+
+def test_address_where_nobody_answers_is_a_clear_error_and_no_endless_wait():
+    with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: Connection refused") as raised:
+        with open_cluster("127.0.0.1:1"):
+            pass
+    assert raised.value.exit_code == 4

@@ -71,10 +71,9 @@ def without_privileges(root: Path):
 
 
 @pytest.fixture
-def deep_dir(tmp_path):
-    """A folder for trees that are too deep for Python to remove."""
-    path = tmp_path / "deep"
-    path.mkdir()
+def deep_dir():
+    """A folder for trees that are too deep for pytest to remove; in memory, where a disk would take seconds for it."""
+    path = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     yield path
     subprocess.run(["rm", "-rf", str(path)], check=True)
 
@@ -185,12 +184,11 @@ def test_dangling_link_is_listed_where_its_name_is_an_images(tmp_path):
     assert list_names(tmp_path) == ["a.jpg"]
 
 
-@pytest.mark.parametrize("leads_to", [".", "..", "../..", "../../..", "{root}", "{root}/a/b", "/proc/self/cwd"])
-def test_link_back_into_the_tree_ends(tmp_path, monkeypatch, leads_to):
+@pytest.mark.parametrize("leads_to", [".", "..", "../..", "../../..", "{root}", "{root}/a/b"])
+def test_link_back_into_the_tree_ends(tmp_path, leads_to):
     root = tmp_path / "top" / "root"
     make_files(root, "a/b/c.jpg")
     (root / "a/b/link").symlink_to(leads_to.format(root=root))
-    monkeypatch.chdir(root)
     assert list_names(root) == ["a/b/c.jpg"]
 
 
@@ -364,10 +362,6 @@ def test_tree_of_1500_levels_is_listed_to_its_end(deep_dir, monkeypatch):
     Path("a.jpg").write_bytes(b"")
     os.chdir("/")
     assert list_names(deep_dir) == ["d/" * 1500 + "a.jpg"]
-
-    (deep_dir / ("d/" * 1500 + "a.jpg")).unlink()
-    for depth in range(1500, 0, -1):  # `rm` takes seconds for it
-        os.rmdir(f"{deep_dir}/{'d/' * depth}")
 
 
 def test_path_too_long_for_the_system_is_an_entry_and_no_exception(deep_dir, monkeypatch):

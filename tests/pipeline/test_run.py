@@ -1,0 +1,425 @@
+"""A run uses only a folder that is its own, goes on only as it began, and run.json says how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import platform
+import signal
+import socket
+import threading
+
+import pytest
+
+from pipeline import run as runs
+from pipeline.commit import Counts
+from pipeline.errors import InterruptedRunError, OutputError
+from pipeline.lease import hold_lease, read_lease
+from pipeline.plan import Listing, Plan, load_plan, seal_plan, write_listing
+from pipeline.run import (
+    RUN,
+    SUCCESS,
+    Account,
+    clear_run,
+    find_finished,
+    keep_account,
+    open_run_folder,
+    refuse_changes,
+)
+from pipeline.sources import ListedImage
+
+GIVEN = {"model": "resnet50", "precision": "auto", "crop": None, "limit": None}
+RESOLVED = {
+    **GIVEN,
+    "precision": "bf16",
+    "weights": "IMAGENET1K_V2",
+    "resize": 232,
+    "crop": 224,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+    "interpolation": "bilinear",
+    "fixed": {"sha256": "ab" * 32, "num_classes": 10},
+}
+
+
+@pytest.fixture
+def plan() -> Plan:
+    listing = Listing(num_images=200, num_shards=4, shard_size=64, hash="cd" * 32)
+    return Plan(run_id="20250101-000000-abcdef", epoch=2, listing=listing, given=GIVEN, resolved=RESOLVED)
+
+
+@pytest.fixture
+def account(folder, plan) -> Account:
+    return Account(folder, plan, {}, started=1_000_000.0)
+
+
+def read_account(folder) -> dict:
+    return json.loads(folder.read(RUN))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def test_folder_that_is_new_or_empty_can_be_used(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "new/and/deep", "empty"):
+        assert open_run_folder(str(tmp_path / name)).root == tmp_path / name
+    assert not (tmp_path / "new").exists()  # looking makes nothing
+
+
+def test_folder_of_a_run_can_be_used_again(tmp_path):
+    (tmp_path / "out/_nightshift").mkdir(parents=True)
+    (tmp_path / "out/my notes.txt").touch()
+    assert open_run_folder(str(tmp_path / "out")).root == tmp_path / "out"
+
+
+def test_folder_is_absolute_whatever_becomes_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_run_folder("out").root == tmp_path / "out"
+
+
+def test_folder_with_something_else_in_it_is_refused(tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(OutputError, match=r"is not empty and no nightshift run; name a new folder"):
+        open_run_folder(str(tmp_path))
+
+
+def test_folder_with_hidden_files_in_it_is_not_empty(tmp_path):
+    (tmp_path / ".git").mkdir()
+    with pytest.raises(OutputError, match=r"is not empty"):
+        open_run_folder(str(tmp_path))
+
+
+def test_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match=r"out' is a file, not a folder"):
+        open_run_folder(str(tmp_path / "out"))
+
+
+# BUG: these come up later as NotADirectoryError and FileExistsError, with a traceback and exit code 1.
+@pytest.mark.parametrize("output", ["file/out", "file/deep/out", "dangling", "dangling/out"])
+def test_output_that_can_be_no_folder_is_refused(tmp_path, output):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere/to/go")
+    with pytest.raises(OutputError):
+        open_run_folder(str(tmp_path / output))
+
+
+def test_object_store_is_refused_with_what_would_work():
+    with pytest.raises(OutputError, match=r"cannot write to 's3://bucket/out': an output is a folder on a local"):
+        open_run_folder("s3://bucket/out")
+
+
+def test_unfinished_files_lie_on_the_same_file_system_outside_the_data(tmp_path):
+    folder = open_run_folder(str(tmp_path / "out"))
+    assert folder.scratch == "_nightshift/tmp"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Finished, and cleared
+
+
+def test_run_is_finished_when_it_says_so(folder):
+    assert find_finished(folder) is None
+    folder.put(RUN, b'{"state": "done"}')
+    assert find_finished(folder) is None  # _SUCCESS comes last
+    folder.put(SUCCESS, b"")
+    assert find_finished(folder) == {"state": "done"}
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"state": '])
+def test_finished_run_without_a_readable_account_is_finished_once_more(folder, content):
+    folder.put(SUCCESS, b"")
+    if content is not None:
+        folder.put(RUN, content)
+    assert find_finished(folder) is None
+
+
+def test_cleared_run_leaves_only_what_is_not_its_own(folder):
+    own = [
+        RUN,
+        SUCCESS,
+        "predictions/part-000000-0123456789ab.parquet",
+        "predictions/part-000001-ba9876543210.parquet",
+        "_nightshift/plan/plan.json",
+        "_nightshift/plan/shards.parquet",
+        "_nightshift/tmp/part-000002-0123456789ab.parquet.99-abcd",
+    ]
+    others = ["notes.txt", "predictions/notes.txt", "predictions/sub/_SUCCESS", "report/run.json", "_nightshift/lease"]
+    for name in own + others:
+        folder.put(name, b"content")
+    clear_run(folder)
+    assert [name for name in own if folder.exists(name)] == []
+    assert [name for name in others if not folder.exists(name)] == []
+
+
+def test_clearing_an_empty_folder_does_nothing(folder):
+    clear_run(folder)
+
+
+def test_clearing_that_breaks_off_leaves_the_plan_which_tells_of_it(folder, monkeypatch):
+    listing = write_listing(folder, [ListedImage("/a.jpg")])
+    seal_plan(folder, listing, given={}, resolved={}, epoch=0)
+    folder.put(SUCCESS, b"")
+    folder.put(RUN, b"{}")
+
+    def break_off(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "sweep_foreign", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        clear_run(folder)
+    assert load_plan(folder) is not None
+    assert find_finished(folder) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Going on as it began
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"precision": "bf16"},  # what auto had come to
+        {"crop": 224},
+        {"precision": "bf16", "crop": 224},
+    ],
+)
+def test_same_settings_and_what_they_came_to_are_no_change(given):
+    refuse_changes(GIVEN | given, stored_given=GIVEN, stored_resolved=RESOLVED, output="out")
+
+
+def test_tuples_are_as_good_as_the_lists_that_come_back():
+    given = {"inputs": ("/a", "/b"), "mean": (0.5, 0.5, 0.5)}
+    stored = json.loads(json.dumps(given))
+    refuse_changes(given, stored_given=stored, stored_resolved=stored, output="out")
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"model": "resnet18"}, "--model: resnet50 then, resnet18 now"),
+        ({"precision": "fp32"}, "--precision: auto then, fp32 now"),
+        ({"crop": 200}, "--crop: None then, 200 now"),
+        ({"limit": 10}, "--limit: None then, 10 now"),
+    ],
+)
+def test_changed_setting_is_refused_with_the_difference(given, line):
+    with pytest.raises(OutputError) as caught:
+        refuse_changes(GIVEN | given, stored_given=GIVEN, stored_resolved=RESOLVED, output="out")
+    first, difference, last = str(caught.value).split("\n")
+    assert first == "output 'out' holds a run with other settings:"
+    assert difference.strip() == line
+    assert "--overwrite" in last
+
+
+def test_default_in_place_of_a_given_value_is_a_change():
+    stored = GIVEN | {"crop": 200, "precision": "fp32", "limit": 10}
+    with pytest.raises(OutputError) as caught:
+        refuse_changes(GIVEN, stored_given=stored, stored_resolved=RESOLVED | stored, output="out")
+    assert [line.split(":")[0].strip() for line in str(caught.value).split("\n")[1:-1]] == [
+        "--precision",
+        "--crop",
+        "--limit",
+    ]
+
+
+def test_every_change_is_named_and_lists_are_readable():
+    stored = {"include": ["*.jpg", "*.png"], "exclude": [], "top_k": 5}
+    with pytest.raises(OutputError) as caught:
+        refuse_changes(
+            {"include": (), "exclude": ("*.gif",), "top_k": 4},
+            stored_given=stored,
+            stored_resolved=stored,
+            output="out",
+        )
+    assert [line.strip() for line in str(caught.value).split("\n")[1:-1]] == [
+        "--include: *.jpg *.png then, (none) now",
+        "--exclude: (none) then, *.gif now",
+        "--top-k: 5 then, 4 now",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The account
+
+
+def test_account_says_what_was_asked_and_what_came_of_it(folder, account, plan):
+    account.add(Counts(60, {"OSError": 1, "EmptyFile": 3}), ready_at=1_000_010.0, finished_at=1_000_015.0)
+    account.add(Counts(64), ready_at=1_000_012.0, finished_at=1_000_026.0)
+    account.timings = {"plan_s": 1.23456}
+    account.cluster = {"num_nodes": 1}
+    written = account.write("stopped")
+    assert written == read_account(folder)
+    assert written["run_id"] == plan.run_id
+    assert written["state"] == "stopped"
+    assert written["counts"] == {"listed": 200, "labelled": 124, "failed": 4}
+    assert list(written["failures"].items()) == [("EmptyFile", 3), ("OSError", 1)]
+    assert written["throughput"]["images_per_s"] == 128 / 16
+    assert written["timings"] == {"plan_s": 1.235}
+    assert written["cluster"] == {"num_nodes": 1}
+    assert written["config"] == {"given": GIVEN, "resolved": RESOLVED}
+    assert written["plan"] == {
+        "hash": "cd" * 32,
+        "run_hash": plan.run_hash,
+        "epoch": 2,
+        "shards": 4,
+        "shard_size": 64,
+    }
+    assert written["versions"]["python"] == platform.python_version()
+    assert {"ray", "torch", "torchvision", "pyarrow"} <= written["versions"].keys()
+
+
+def test_account_describes_the_model(account):
+    assert account.write()["model"] == {
+        "name": "resnet50",
+        "weights": "IMAGENET1K_V2",
+        "sha256": "ab" * 32,
+        "num_classes": 10,
+        "preset": {"resize": 232, "crop": 224, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"},
+    }
+
+
+def test_account_names_its_invocation(account):
+    (invocation,) = account.write("done")["invocations"]
+    assert invocation["started"] == "1970-01-12T13:46:40Z"
+    assert (invocation["host"], invocation["pid"]) == (socket.gethostname(), os.getpid())
+    assert invocation["state"] == "done"
+    assert invocation["images"] == 0 and invocation["active_seconds"] == 0
+
+
+def test_account_without_work_has_no_throughput(account):
+    assert account.write("done")["throughput"]["images_per_s"] is None
+
+
+def test_failure_rate_is_of_all_listed_images(folder, plan, account):
+    assert account.failure_rate == 0
+    account.add(Counts(54, {"OSError": 10}), ready_at=1.0, finished_at=2.0)
+    assert account.failure_rate == 10 / 200
+    continued = Account(folder, plan, {0: Counts(54, {"OSError": 10}), 1: Counts(34, {"EmptyFile": 30})}, started=0.0)
+    assert continued.failure_rate == 40 / 200
+
+
+def test_continued_run_counts_earlier_parts_and_only_its_own_images_as_new(folder, plan):
+    first = Account(folder, plan, {}, started=1_000_000.0)
+    first.add(Counts(64), ready_at=1_000_010.0, finished_at=1_000_026.0)
+    first.write("stopped")
+    second = Account(folder, plan, {0: Counts(64)}, started=2_000_000.0)
+    second.add(Counts(60, {"OSError": 4}), ready_at=2_000_010.0, finished_at=2_000_042.0)
+    assert second.num_new == 64
+    written = second.write("done")
+    assert written["counts"] == {"listed": 200, "labelled": 124, "failed": 4}
+    assert [(i["state"], i["images"], i["active_seconds"]) for i in written["invocations"]] == [
+        ("stopped", 64, 16),
+        ("done", 64, 32),
+    ]
+    assert written["throughput"]["images_per_s"] == round(128 / 48, 2)
+
+
+def test_invocations_of_another_run_are_forgotten(folder, plan, account):
+    account.write("done")
+    other = Account(folder, dataclasses.replace(plan, run_id="another"), {}, started=0.0)
+    assert len(other.write()["invocations"]) == 1
+
+
+def test_account_that_is_damaged_does_not_stop_the_next_run(folder, plan):
+    folder.put(RUN, b'{"run_id": ')
+    assert len(Account(folder, plan, {}, started=0.0).write()["invocations"]) == 1
+
+
+def test_account_written_again_keeps_its_state_and_one_invocation(account):
+    account.write("stopped")
+    written = account.write()
+    assert written["state"] == "stopped"
+    assert len(written["invocations"]) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# While it runs
+
+
+def test_account_says_running_while_the_block_lasts(folder, account):
+    with hold_lease(folder, overwrite=False) as lease, keep_account(account, lease, max_in_work=64):
+        assert read_account(folder)["state"] == "running"
+        assert lease.fence.is_open
+    assert read_account(folder)["state"] == "running"  # whoever ends the run says how
+
+
+def test_failed_run_says_so_and_stops_its_workers(folder, account):
+    with hold_lease(folder, overwrite=False) as lease:
+        with pytest.raises(ValueError, match="broken"), keep_account(account, lease, max_in_work=64):
+            raise ValueError("broken")
+        assert read_account(folder)["state"] == "failed"
+        assert read_lease(folder).state == "stop"
+        assert not lease.fence.is_open
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "exit_code"),
+    [(KeyboardInterrupt(), 130), (KeyboardInterrupt(signal.SIGTERM), 143)],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_interrupted_run_says_what_is_done_and_what_will_be_redone(folder, account, interrupt, exit_code):
+    account.add(Counts(60, {"OSError": 4}), ready_at=1.0, finished_at=2.0)
+    with hold_lease(folder, overwrite=False) as lease:
+        with pytest.raises(InterruptedRunError) as caught, keep_account(account, lease, max_in_work=128):
+            raise interrupt
+        assert not lease.fence.is_open
+    assert caught.value.exit_code == exit_code
+    assert "64 of 200 images are done and kept, up to 128 that were in work will be redone" in str(caught.value)
+    assert read_account(folder)["state"] == "stopped"
+
+
+def test_interrupted_run_redoes_no_more_than_is_missing(folder, account):
+    account.add(Counts(190), ready_at=1.0, finished_at=2.0)
+    with hold_lease(folder, overwrite=False) as lease:
+        with pytest.raises(InterruptedRunError, match="up to 10 that"), keep_account(account, lease, max_in_work=128):
+            raise KeyboardInterrupt
+
+
+class Heart:
+    """Stands in for a lease: counts its beats, the first of which fail."""
+
+    def __init__(self, *, failures: int = 0) -> None:
+        self.failures = failures
+        self.beats = 0
+        self.has_beaten = threading.Event()
+        self.is_stopped = False
+
+    def renew(self) -> None:
+        self.beats += 1
+        if self.beats <= self.failures:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.beats >= self.failures + 7:
+            self.has_beaten.set()
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+def test_lease_is_renewed_and_the_account_refreshed_while_the_block_lasts(account, monkeypatch):
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 2**-10)
+    monkeypatch.setattr(runs, "REFRESH_S", 3 * 2**-10)
+    writes = []
+    write = account.write
+    monkeypatch.setattr(account, "write", lambda *state: writes.append(state) or write(*state))
+    heart = Heart()
+    with keep_account(account, heart, max_in_work=64):
+        assert heart.has_beaten.wait(10)
+    assert writes[0] == ("running",)
+    assert writes.count(()) >= 2  # every third beat
+    assert not heart.is_stopped
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
+# BUG: one failed write (a full disk, a shared file system that is away) ends the heartbeat for the rest of the night;
+# after two minutes another host takes the folder over.
+def test_heart_beats_on_after_a_failed_write(account, monkeypatch):
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.001)
+    heart = Heart(failures=2)
+    with keep_account(account, heart, max_in_work=64):
+        assert heart.has_beaten.wait(2)

@@ -1,0 +1,217 @@
+"""The demo: its digits, its model directory, its archive, and the whole command on a real Ray.
+
+pytest tests/test_demo.py
+pytest tests/test_demo.py -k "not command"      what needs no Ray
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from jobs import demo
+from jobs.cli import parse
+from jobs.demo import CATEGORIES, MODEL_DIR, DemoConfig, Digit
+from jobs.label import LabelConfig
+from pipeline.decode import decode
+from pipeline.errors import ConfigError, DecodeError, OutputError
+from pipeline.models import Model, open_model
+from pipeline.predict import Predictor
+
+MAX_MODEL_DIR_BYTES = 500_000
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[Digit]:
+    return demo.read_digits("held-out")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return open_model(MODEL_DIR)
+
+
+def list_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The digits
+
+
+def test_every_digit_is_either_for_training_or_held_out(held_out: list[Digit]) -> None:
+    training = [digit.index for digit in demo.read_digits("training")]
+    assert sorted(training + [digit.index for digit in held_out]) == list(range(1797))
+
+
+def test_both_halves_have_every_category() -> None:
+    for half in ("training", "held-out"):
+        digits = demo.read_digits(half)
+        assert len(digits) > 800
+        assert {digit.name for digit in digits} == set(CATEGORIES)
+
+
+def test_halves_meet_where_a_writer_begins(held_out: list[Digit]) -> None:
+    # Each writer was asked for zero to nine, three times, before anything else.
+    assert [digit.name for digit in held_out[:20]] == [*CATEGORIES, *CATEGORIES]
+    assert demo.read_digits("training")[-1].name == "nine"
+
+
+def test_digit_file_keeps_every_pixel(held_out: list[Digit]) -> None:
+    for digit in held_out[:10]:
+        assert (np.asarray(Image.open(io.BytesIO(digit.png))) == digit.pixels).all()
+        assert digit.pixels.max() > 200
+
+
+def test_missing_scikit_learn_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'nightshift-runner\[demo\]'"):
+        demo.main(["-o", str(tmp_path / "demo")])
+    assert not (tmp_path / "demo").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model directory
+
+
+def test_model_directory_is_small() -> None:
+    assert sum(len(content) for content in list_files(Path(MODEL_DIR)).values()) < MAX_MODEL_DIR_BYTES
+
+
+def test_model_directory_knows_the_categories_by_name(model: Model) -> None:
+    assert model.categories == CATEGORIES
+
+
+def test_model_reads_held_out_digits(model: Model, held_out: list[Digit]) -> None:
+    pixels = torch.stack([model.preset.exact(decode(digit.png)) for digit in held_out])
+    label_ids = Predictor(model, precision="fp32", top_k=1)(pixels).label_ids[:, 0]
+    right = [CATEGORIES[label_id] == digit.name for label_id, digit in zip(label_ids, held_out, strict=True)]
+    assert right.count(True) / len(right) >= demo.MIN_ACCURACY
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The archive
+
+
+def test_archive_holds_the_digits_the_photographs_and_the_broken_files(tmp_path: Path, held_out: list[Digit]) -> None:
+    config = DemoConfig(output=str(tmp_path / "demo"))
+    files = demo.compose_archive(held_out)
+    demo.write_archive(config, files)
+    photographs = {"photographs/china.jpg", "photographs/flower.jpg"}
+    assert files.keys() == {digit.path for digit in held_out} | photographs | set(demo.BROKEN)
+    assert list_files(tmp_path / "demo" / "archive") == files
+    assert sorted(os.listdir(tmp_path / "demo")) == ["archive", demo.MARKER]
+
+
+def test_broken_files_are_broken_each_in_its_own_way_and_no_others(held_out: list[Digit]) -> None:
+    kinds = {}
+    for path, content in demo.compose_archive(held_out).items():
+        try:
+            decode(content)
+        except DecodeError as error:
+            kinds[path] = error.kind
+    assert kinds == {demo.TRUNCATED: "OSError", demo.EMPTY: "EmptyFile", demo.TEXT: "UnidentifiedImageError"}
+
+
+def test_archive_is_made_anew_and_what_else_lies_there_stays(tmp_path: Path, held_out: list[Digit]) -> None:
+    config = DemoConfig(output=str(tmp_path))
+    files = demo.compose_archive(held_out[:20])
+    demo.write_archive(config, files)
+    (tmp_path / "archive" / demo.EMPTY).write_bytes(b"no longer empty")
+    (tmp_path / "mine.txt").write_text("mine")
+    demo.write_archive(config, files)
+    assert list_files(tmp_path / "archive") == files
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_folder_that_no_demo_made_is_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="no demo made it"):
+        demo.write_archive(DemoConfig(output=str(tmp_path)), {"new": b""})
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("output", ["thesis.txt", "thesis.txt/demo", "s3://bucket/demo"])
+def test_output_that_can_be_no_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError):
+        demo.write_archive(DemoConfig(output=output), {"new": b""})
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a person reads
+
+
+@pytest.mark.parametrize("folder", ["demo", "it's 100% [mine] *", 'a "b" $HOME `c` !e ?'])
+def test_query_survives_the_shell_and_finds_the_parts(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    part = str(tmp_path / folder / "part-000000.parquet")
+    table = pa.table({"target": ["one", "one", "six", "six"], "label": ["two", "two", "six", None]})
+    pq.write_table(table, part)
+    text = demo.quote_for_shell(demo.compose_query(str(tmp_path / folder)))
+    query = subprocess.run(["sh", "-c", f"printf %s {text}"], capture_output=True, text=True, check=True).stdout
+    assert len(query.splitlines()) == 3
+    assert rows(query) == [("one", "two", 2)]
+
+
+def test_help_needs_neither_torch_nor_ray_nor_scikit_learn() -> None:
+    code = (
+        "import sys; from jobs.demo import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(sorted({'torch', 'ray', 'sklearn'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "--output" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def test_command_labels_the_digits_and_its_output_is_true(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
+) -> None:
+    output = str(tmp_path / "demo")
+    assert demo.main(["-o", output]) == 0
+    text = capsys.readouterr().out
+    assert f"Accuracy: {measure_accuracy(output):.1%} of the 882 digits" in text
+    for error in ("EmptyFile: ", "OSError: ", "UnidentifiedImageError: "):
+        assert error in text
+    assert all(len(line) <= 120 or output in line for line in text.splitlines())
+
+    *_, command = (line for line in text.splitlines() if line.startswith("  nightshift label ") and output in line)
+    shown = parse(LabelConfig, shlex.split(command)[2:], command="label", description="")
+    assert shown.identity == DemoConfig(output=output).job.identity
+
+    snippet = text[text.index("duckdb -c ") :].split("\n\n")[0]
+    mistakes = rows(shlex.split(snippet)[2])
+    assert sum(times for _, _, times in mistakes) == 2 + round(882 * (1 - measure_accuracy(output)))
+
+
+def measure_accuracy(output: str) -> float:
+    """From the parts alone, without the code under test."""
+    parts = f"{output}/labels/predictions/*.parquet"
+    query = f"SELECT avg((label = target)::INT) FROM '{parts}' WHERE error IS NULL AND target <> 'photographs'"
+    ((accuracy,),) = rows(query)
+    return float(accuracy)
+
+
+def rows(query: str) -> list[Any]:
+    """What DuckDB answers."""
+    return duckdb.connect().sql(query).fetchall()
