@@ -42,18 +42,18 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return main(arguments)
-    except PipelineError as error:
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has seen enough
+        sys.stdout = None  # nothing is left to flush into it
+        return 0
+    except (PipelineError, OSError) as error:  # an OSError that nobody foresaw says what and where by itself
         if {"-v", "--verbose"} & set(arguments):
             traceback.print_exc()
         else:
             for fault in getattr(error, "faults", (error,)):
                 print(f"error: {fault}", file=sys.stderr)
-        return error.exit_code
+        return getattr(error, "exit_code", PipelineError.exit_code)
     except KeyboardInterrupt as interrupt:
         return int(interrupt.args[0]) + 128 if interrupt.args else EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, `head` perhaps, has seen enough
-        sys.stdout = None  # nothing is left to flush into it
-        return 0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

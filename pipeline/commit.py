@@ -105,12 +105,20 @@ def _count(rows: pa.Table) -> Counts:
 
 
 def _read_counts(folder: LocalFolder, shard: Shard, run_hash: str) -> Counts | None:
-    """What a part's footer says, or None where it is no whole part of this shard and run."""
+    """What a part's footer says, or None where it is no whole part of this shard and run.
+
+    Raises OSError where it cannot be read just now, which says nothing about what it holds.
+    """
     try:
         footer = pq.read_metadata(folder.path(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hash)}"))
-        counts = json.loads(footer.metadata[schema.META_COUNTS])
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        described = json.loads(footer.metadata[schema.META_COUNTS])
+        counts = Counts(described["labelled"], Counter(described["failed"]))
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        return None  # from Parquet, about the content
+    except (pa.ArrowException, KeyError, TypeError, ValueError):
         return None
     if footer.num_rows != shard.num_images or footer.metadata.get(schema.META_RUN_HASH) != run_hash.encode():
         return None
-    return Counts(counts["labelled"], Counter(counts["failed"]))
+    return counts

@@ -12,13 +12,24 @@ import warnings
 from typing import Final, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from pipeline.errors import DecodeError
 
 Exif = Literal["ignore", "apply"]
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+
+# What undoes each value of EXIF's orientation (EXIF 2.32, 4.6.4); 1 is upright.
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Now, in one thread: Pillow loads its plugins at the first file, and is not safe against a second thread meanwhile.
 Image.init()
@@ -47,7 +58,9 @@ def decode(content: bytes, *, exif: Exif = "ignore", max_pixels: int | None = No
     except DecodeError:
         raise
     except Exception as error:  # the boundary: Pillow's plugins raise nearly every type on damaged files
-        raise DecodeError(type(error).__name__, _STREAM.sub("", str(error)).strip()) from error
+        kind = type(error)
+        name = f"{kind.__module__}.error" if kind.__name__ == "error" else kind.__name__  # struct's and zlib's
+        raise DecodeError(name, _STREAM.sub("", str(error)).strip()) from error
 
 
 def _decode(content: bytes, exif: Exif, max_pixels: int | None) -> Image.Image:
@@ -58,8 +71,19 @@ def _decode(content: bytes, exif: Exif, max_pixels: int | None) -> Image.Image:
                 f"{image.width} x {image.height} pixels are more than the limit of {max_pixels:,} (--max-pixels)",
             )
         image.load()
-        turned = ImageOps.exif_transpose(image) if exif == "apply" else image
-        return _to_rgb(turned)
+        turn = _find_turn(image) if exif == "apply" else None
+        return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def _find_turn(image: Image.Image) -> Image.Transpose | None:
+    """How to turn the picture upright; None where it is, or where its EXIF is too damaged to tell.
+
+    (Pillow's `exif_transpose` also writes the EXIF of the turned picture, and fails on any odd tag in it.)
+    """
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # the boundary: damaged EXIF raises as many types as damaged pixels
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -56,7 +56,9 @@ class Lease:
         if self.host != socket.gethostname():
             return time.time() - self.heartbeat < STALE_AFTER_S
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1
+            process = psutil.Process(self.pid)
+            is_same = abs(process.create_time() - self.started) < 1
+            return is_same and process.status() != psutil.STATUS_ZOMBIE  # dead, and nobody has asked yet
         except psutil.NoSuchProcess:
             return False
 

@@ -17,6 +17,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
@@ -48,9 +49,11 @@ def open_run_folder(output: str) -> LocalFolder:
     if has_scheme(output):
         raise OutputError(f"cannot write to {output!r}: an output is a folder on a local or shared file system")
     folder = LocalFolder(os.path.abspath(output), scratch=SCRATCH_DIR)
-    if folder.root.exists():
-        if not folder.root.is_dir():
-            raise OutputError(f"output {output!r} is a file, not a folder")
+    there = next(path for path in (folder.root, *folder.root.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        what = "a file" if there.exists() else "a link that leads nowhere"
+        raise OutputError(f"output {output!r} cannot be a folder: {str(there)!r} is {what}")
+    if there == folder.root:
         if not folder.exists(STATE_DIR) and any(folder.root.iterdir()):
             raise OutputError(f"output {output!r} is not empty and no nightshift run; name a new folder")
     return folder
@@ -212,9 +215,12 @@ def keep_account(account: Account, lease: HeldLease, *, max_in_work: int) -> Ite
         beats = 0
         while not ended.wait(HEARTBEAT_S):
             beats += 1
-            lease.renew()
-            if beats % (REFRESH_S // HEARTBEAT_S) == 0:
-                account.write()
+            try:
+                lease.renew()
+                if beats % (REFRESH_S // HEARTBEAT_S) == 0:
+                    account.write()
+            except OSError:  # a full disk now may have room at the next beat; the workers tell what they cannot write
+                traceback.print_exc()
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

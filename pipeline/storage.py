@@ -71,9 +71,8 @@ def read_image(uri: str, *, retries: int = 0) -> tuple[bytes, int]:
 
 def _read_regular_file(path: str) -> bytes:
     # Non-blocking: opening a named pipe that carries an image's name must not wait for a writer for ever.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
+    with open(path, "rb", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ReadError("NotAFile", "not a regular file")
         if status.st_size > MAX_IMAGE_BYTES:
@@ -144,8 +143,9 @@ class LocalFolder:
 
     def delete_tree(self, directory: str) -> None:
         """Remove `directory` with all files in it, its own folders included."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path(directory))
+        while self.exists(directory):
+            with contextlib.suppress(FileNotFoundError):  # left-over workers rename files away meanwhile
+                shutil.rmtree(self.path(directory))
 
     @staticmethod
     def _sync_directory(directory: Path) -> None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,8 @@ from typing import Final, Self, TextIO
 
 REDRAW_S: Final = 0.2
 PLAIN_LINE_S: Final = 30.0
+_ERASE: Final = "\r\x1b[K"
+_USUAL_COLUMNS: Final = 80
 # The rate over about this long is shown: steady, and still true after the batch size or the cluster has changed.
 _RATE_WINDOW_S: Final = 60.0
 
@@ -55,27 +55,34 @@ class Progress:
     def notice(self, text: str) -> None:
         """A line that stays."""
         if not self._is_quiet:
-            self._erase()
-            self._write(f"{text}\n")
+            self._write(f"{_ERASE if self._is_terminal else ''}{text}\n")
 
     def _run(self) -> None:
         last = ""
         while not self._ended.wait(REDRAW_S if self._is_terminal else PLAIN_LINE_S):
             text = self._describe()
             if self._is_terminal:
-                self._write(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}")
+                self._write(f"{_ERASE}{text[: self._find_width() - 1]}")
             elif text != last:
                 self._write(f"{text}\n")
                 last = text
 
     def _erase(self) -> None:
         if self._is_terminal and not self._is_quiet:
-            self._write("\r\x1b[K")
+            self._write(_ERASE)
 
     def _write(self, text: str) -> None:
-        with self._guard:
+        # A run outlives its terminal: when the connection drops, nobody is left to read this.
+        with self._guard, contextlib.suppress(OSError):
             self._stream.write(text)
             self._stream.flush()
+
+    def _find_width(self) -> int:
+        """Columns of this stream's terminal, which need not be that of stdout."""
+        try:
+            return int(os.environ.get("COLUMNS") or os.get_terminal_size(self._stream.fileno()).columns)
+        except (OSError, ValueError):
+            return _USUAL_COLUMNS
 
 
 @contextlib.contextmanager
@@ -100,14 +107,20 @@ def redirect_output(log: Path) -> Iterator[TextIO]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
-    terminal = os.fdopen(os.dup(2), "w") if _is_descriptor(sys.stderr, 2) else sys.stderr
+    is_own = _is_descriptor(sys.stderr, 2)
+    terminal = os.fdopen(os.dup(2), "w", errors="backslashreplace") if is_own else sys.stderr
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
         yield terminal
     finally:
-        terminal.flush()
+        # What was printed meanwhile is still in Python's buffers, and belongs into the log as well.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_own:
+            with contextlib.suppress(OSError):
+                terminal.close()
         for descriptor, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, descriptor)
             os.close(copy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pipeline.errors import NoImagesError
-from pipeline.sources.base import ListedImage, Selection, Source
+from pipeline.sources.base import IMAGE_SUFFIXES, ListedImage, Selection, Source
 from pipeline.storage import has_scheme
 
 __all__ = ["ListedImage", "Selection", "Source", "drop_nested", "open_source"]
@@ -28,6 +28,8 @@ def open_source(given: str, *, selection: Selection, target: str, output: str | 
         return FolderSource(path, selection=selection, target=target, output=output)
     if os.path.isfile(path):
         return FileSource(path, target=target)
+    if os.path.lexists(path):
+        raise NoImagesError(f"input {given!r} is neither a folder nor a file")
     parent = os.path.dirname(path)
     raise NoImagesError(
         f"input {given!r} does not exist"
@@ -38,20 +40,21 @@ def open_source(given: str, *, selection: Selection, target: str, output: str | 
 def drop_nested(given: list[str]) -> tuple[list[str], list[str]]:
     """Split absolute paths into those to list, sorted by bytes, and those that lie inside one of these.
 
-    A hidden folder inside an input is not covered by it, since listing the input skips it.
+    What listing an input passes over, a hidden folder or a file that is no image by its name, is not covered by it.
     """
     kept: list[str] = []
     dropped: list[str] = []
     for path in sorted(set(given), key=os.fsencode):
         covering = (outer for outer in kept if path.startswith(outer.rstrip("/") + "/"))
-        if any(not _passes_skipped(outer, path) for outer in covering):
+        if any(not _is_passed_over(outer, path) for outer in covering):
             dropped.append(path)
         else:
             kept.append(path)
     return kept, dropped
 
 
-def _passes_skipped(outer: str, inner: str) -> bool:
+def _is_passed_over(outer: str, inner: str) -> bool:
     from pipeline.sources.folder import is_skipped
 
-    return any(is_skipped(part) for part in os.path.relpath(inner, outer).split("/"))
+    is_other_file = os.path.isfile(inner) and os.path.splitext(inner)[1].lower() not in IMAGE_SUFFIXES
+    return is_other_file or any(is_skipped(part) for part in os.path.relpath(inner, outer).split("/"))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from pipeline.sources.base import ListedImage
+from pipeline.sources.folder import read_target
 from pipeline.storage import path_to_uri
 
 
@@ -15,8 +16,8 @@ class FileSource:
 
     def __init__(self, path: str, *, target: str) -> None:
         self.path = path
-        self.target = os.path.basename(os.path.dirname(path)) if target == "folder" else None
+        self.target = read_target(os.path.dirname(path)) if target == "folder" else None
         self.skipped: Counter[str] = Counter()
 
     def list_images(self) -> Iterator[ListedImage]:
-        yield ListedImage(path_to_uri(self.path), self.target and path_to_uri(self.target))
+        yield ListedImage(path_to_uri(self.path), self.target)

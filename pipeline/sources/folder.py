@@ -33,10 +33,11 @@ class FolderSource:
         self.root = root
         self.selection = selection
         self.has_targets = target == "folder"
-        self.output_identity = find_identity(output) if output else None
+        self.output = output
         self.skipped: Counter[str] = Counter()
 
     def list_images(self) -> Iterator[ListedImage]:
+        self._output_identity = find_identity(self.output) if self.output else None
         levels: list[_Level] = []  # from the root to the folder being listed; a tree may be too deep for recursion
         unopened: str | None = self.root
         while unopened or levels:
@@ -58,11 +59,11 @@ class FolderSource:
     def _open(self, folder: str, above: list[_Level]) -> list[_Level]:
         """The level of `folder`, or nothing where it is the output or lies above itself."""
         identity = find_identity(folder)
-        if identity is not None and (identity == self.output_identity or any(identity == a.identity for a in above)):
+        if identity is not None and (identity == self._output_identity or any(identity == a.identity for a in above)):
             return []
         with os.scandir(folder) as scan:
             entries = sorted((e for e in scan if not is_skipped(e.name)), key=lambda e: os.fsencode(e.name))
-        target = path_to_uri(os.path.basename(folder)) if self.has_targets else None
+        target = read_target(folder) if self.has_targets else None
         return [_Level(identity, target, iter(entries))]
 
     def _is_image(self, entry: os.DirEntry[str]) -> bool:
@@ -94,8 +95,15 @@ def find_identity(folder: str) -> _Identity | None:
     return status.st_dev, status.st_ino
 
 
+def read_target(folder: str) -> str:
+    """The name of `folder` as a label; bytes that are no text are replaced."""
+    return os.fsencode(os.path.basename(folder)).decode("utf-8", "replace")
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a loop of links, or into a folder that may not be entered
+    except PermissionError:  # a link to where nobody may look: if it is no image by its name, opening it tells why
+        return os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES
+    except OSError:  # a link in a loop of links
         return False

@@ -91,35 +91,35 @@ def test_seconds_are_written_in_two_units(seconds, text):
 
 
 def test_rate_is_none_until_something_is_finished():
-    rate = Rate(now=100)
+    rate = Rate()
     assert rate.images_per_s == 0
-    rate.add(50, now=100)  # at the same moment: no time to divide by
+    rate.add(50, at=100, since=100)  # no time to divide by
     assert rate.images_per_s == 0
 
 
-def test_rate_is_images_per_second():
-    rate = Rate(now=100)
-    rate.add(30, now=102)
+def test_rate_is_images_per_second_from_when_the_first_work_began():
+    rate = Rate()
+    rate.add(30, at=102, since=100)
     assert rate.images_per_s == 15
-    rate.add(30, now=104)
+    rate.add(30, at=104, since=103)
     assert rate.images_per_s == 15
-    rate.add(90, now=106)
+    rate.add(90, at=106, since=90)
     assert rate.images_per_s == 25
 
 
 def test_rate_forgets_what_is_more_than_a_minute_ago():
-    rate = Rate(now=0)
+    rate = Rate()
     for second in range(1, 101):
-        rate.add(10, now=second)
+        rate.add(10, at=second, since=0)
     for second in range(101, 201):
-        rate.add(100, now=second)
+        rate.add(100, at=second, since=0)
     assert rate.images_per_s == 100
 
 
 def test_rate_of_rare_parts_is_over_the_last_two():
-    rate = Rate(now=0)
-    for minute in range(1, 6):
-        rate.add(6000 * minute, now=600 * minute)
+    rate = Rate()
+    for part in range(1, 6):
+        rate.add(6000 * part, at=600 * part, since=0)
     assert rate.images_per_s == 50
 
 
@@ -130,21 +130,25 @@ def test_rate_of_rare_parts_is_over_the_last_two():
 def test_log_gets_plain_lines():
     stream = io.StringIO()
     with Progress(stream) as progress:
-        progress.show("listing")
         progress.notice("one input is inside another")
         show_until_drawn(progress, "5 of 9 images")
-    lines = stream.getvalue().split("\n")
-    assert lines[0] == "listing"
-    assert set(lines) == {"listing", "one input is inside another", "5 of 9 images", ""}
+        show_until_drawn(progress, "9 of 9 images")
+    assert stream.getvalue() == "one input is inside another\n5 of 9 images\n9 of 9 images\n"
 
 
-def test_log_gets_a_text_at_once(monkeypatch):
-    monkeypatch.setattr(terminal, "PLAIN_LINE_S", 3600)
+def test_log_says_nothing_twice():
     stream = io.StringIO()
     with Progress(stream) as progress:
-        progress.show("starting Ray")
-        assert stream.getvalue() == "starting Ray\n"
+        show_until_drawn(progress, "starting Ray", times=9)
     assert stream.getvalue() == "starting Ray\n"
+
+
+def test_log_gets_a_line_once_in_a_while(monkeypatch):
+    monkeypatch.setattr(terminal, "REDRAW_S", 3600)
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        show_until_drawn(progress, "5 of 9 images")
+    assert "5 of 9 images\n" in stream.getvalue()
 
 
 def test_block_ends_without_waiting_for_the_next_line(monkeypatch):
@@ -218,7 +222,6 @@ def test_dumb_terminal_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     stream = FakeTerminal()
     with Progress(stream) as progress:
-        progress.show("listing")
         show_until_drawn(progress, "5 of 9 images")
     assert "\x1b" not in stream.getvalue() and "5 of 9 images\n" in stream.getvalue()
 
