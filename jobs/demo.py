@@ -92,6 +92,7 @@ class DemoConfig:
             model=MODEL_DIR,
             target="folder",
             overwrite=True,
+            num_workers="1",  # a second would take longer to import PyTorch than the first one takes for everything
             address="local",  # a demo is seen on this machine, whatever cluster RAY_ADDRESS names
         )
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Before PyTorch is imported: on few and busy cores, its threads wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +56,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_images():
     """A function that writes `count` different JPEGs into a folder and returns their paths in the order of listing."""
 
