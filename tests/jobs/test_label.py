@@ -150,7 +150,7 @@ def test_parts_open_in_every_tool(first_run, tmp_path):
     config, result = first_run
     parts = f"{result.predictions}/*.parquet"
     assert duckdb.sql(f"SELECT count(DISTINCT uri), min(target) FROM '{parts}'").fetchall() == [(150, "images")]
-    assert duckdb.sql(f"SELECT count(*) FROM '{config.output}/predictions/**'").fetchall() == [(150,)]
+    assert duckdb.sql(f"SELECT count(*) FROM '{result.predictions}/**/*.parquet'").fetchall() == [(150,)]
     assert polars.read_parquet(parts)["score"].is_between(0, 1).all()
     assert len(pandas.read_parquet(result.predictions)) == 150
     loaded = datasets.load_dataset("parquet", data_files=parts, split="train", cache_dir=str(tmp_path))
@@ -173,7 +173,7 @@ def test_labels_do_not_depend_on_batches_workers_or_shards(first_run, config):
 def test_output_inside_the_input_is_never_listed(config, make_images, tmp_path):
     images = tmp_path / "images"
     make_images(images, 3)
-    make_images(images / "labels" / "predictions", 2)  # an earlier run that left pictures behind, say
+    make_images(images / "labels" / "pictures", 2)
     (images / "labels" / "_nightshift").mkdir()
     result = run(replace(config, inputs=(str(images),), output=str(images / "labels")))
     assert result.account["counts"]["listed"] == 3
