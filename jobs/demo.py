@@ -10,7 +10,6 @@ Nothing is staged: the model was not trained on these digits, and a few files am
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import shlex
@@ -32,7 +31,7 @@ from jobs.label import LabelConfig, LabelResult
 from pipeline.errors import ConfigError, OutputError, PipelineError
 from pipeline.run import open_run_folder
 from pipeline.storage import path_to_uri
-from pipeline.terminal import format_seconds
+from pipeline.terminal import format_seconds, quote_for_shell, quote_for_sql
 
 CATEGORIES: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODEL_DIR: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "digits")
@@ -223,10 +222,9 @@ def find_accuracy(digits: list[Digit], rows: Mapping[str, Row]) -> float:
 
 def compose_query(predictions: str) -> str:
     """Three lines of SQL that say what was taken for what."""
-    files = os.path.join(glob.escape(predictions), "*.parquet").replace("'", "''")
     return (
         "SELECT target, label, count(*) AS times\n"
-        f"    FROM '{files}'\n"
+        f"    FROM {quote_for_sql(predictions)}\n"
         "    WHERE label <> target GROUP BY ALL ORDER BY times DESC"
     )
 
@@ -293,11 +291,6 @@ def _describe_failures(rows: Mapping[str, Row]) -> str:
 
 def _describe_query(result: LabelResult) -> str:
     return f"What was taken for what? Ask DuckDB:\n  duckdb -c {quote_for_shell(compose_query(result.predictions))}"
-
-
-def quote_for_shell(text: str) -> str:
-    """`text` as one word: in double quotes, which read better here, if the shell would expand nothing in them."""
-    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def _describe_next() -> str:

@@ -42,7 +42,7 @@ from pipeline.run import (
 )
 from pipeline.sources import ListedImage, Selection
 from pipeline.storage import LocalFolder
-from pipeline.terminal import Progress, Rate, format_seconds, open_terminal
+from pipeline.terminal import Progress, Rate, format_seconds, open_terminal, quote_for_shell, quote_for_sql
 
 if TYPE_CHECKING:
     import pyarrow.dataset
@@ -362,6 +362,7 @@ def _find_plan(config: LabelConfig, folder: LocalFolder, lease: HeldLease) -> Pl
     plan = plans.load_plan(folder)
     if plan is not None and plan.epoch == lease.epoch:
         _refuse_changes(config, plan.given, plan.resolved)
+        sweep_foreign(folder, run_hash=plan.run_hash)
         return plan
     if plan is None and not config.overwrite and any(folder.list_names(PREDICTIONS_DIR)):
         raise OutputError(f"output {config.output!r} has parts but no plan to continue; start anew with --overwrite")
@@ -530,10 +531,10 @@ def _describe_result(result: LabelResult, config: LabelConfig) -> str:
             f"{rate:.1%} failed, and --max-failure-rate is {config.max_failure_rate:.1%}: no _SUCCESS is written; "
             f"the same command with a higher limit accepts the result"
         )
-    parts = f"{result.predictions}/*.parquet"
+    query = f"SELECT label, count(*) FROM {quote_for_sql(result.predictions)} GROUP BY label ORDER BY 2 DESC"
     lines += [
         f"labels   {result.predictions}",
-        f"read it  duckdb -c \"SELECT label, count(*) FROM '{parts}' GROUP BY label ORDER BY 2 DESC\"",
+        f"read it  duckdb -c {quote_for_shell(query)}",
     ]
     return "\n".join(lines)
 

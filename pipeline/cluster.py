@@ -37,8 +37,8 @@ class Cluster:
     cpus_per_node: float
     """Of the largest node; with GPUs, of the largest node that has some."""
     gpus_per_node: float
-    is_own: bool
-    """Whether it was started for this job and ends with it."""
+    is_here: bool
+    """Whether all of its nodes are this machine."""
     ray_version: str
 
 
@@ -86,11 +86,13 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-            raise ClusterError(f"cannot reach a Ray cluster at {where}: {error}") from error
+            # Ray reads this when it is imported; against a cluster without tokens, it would break the workers.
+            hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it asks for a token, set RAY_AUTH_MODE=token"
+            raise ClusterError(f"cannot reach a Ray cluster at {where}: {error}{hint}") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray's own handler would leave without a word
     try:
-        yield _describe_cluster(is_own=not was_running and address is None and "RAY_ADDRESS" not in os.environ)
+        yield _describe_cluster()
     finally:
         if not was_running:
             ray.shutdown()
@@ -107,8 +109,9 @@ def _check_reachable(address: str | None) -> None:
         raise ClusterError(f"no Ray cluster answers at {address}: {error.strerror or error}") from error
 
 
-def _describe_cluster(*, is_own: bool) -> Cluster:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+def _describe_cluster() -> Cluster:
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive]
     workers = [node for node in nodes if node.get("GPU")] or nodes
     return Cluster(
         num_nodes=len(nodes),
@@ -116,14 +119,14 @@ def _describe_cluster(*, is_own: bool) -> Cluster:
         num_gpus=sum(node.get("GPU", 0) for node in nodes),
         cpus_per_node=max((node.get("CPU", 0) for node in workers), default=0),
         gpus_per_node=max((node.get("GPU", 0) for node in workers), default=0),
-        is_own=is_own,
+        is_here={node["NodeManagerHostname"] for node in alive} == {socket.gethostname()},
         ray_version=ray.__version__,
     )
 
 
 def find_best_precision(cluster: Cluster, *, num_gpus: float) -> str:
     """`bf16` where the workers' hardware computes in it, else `fp32`; asked on a worker's node, not on this one."""
-    if cluster.is_own:
+    if cluster.is_here:
         return _probe_precision(num_gpus > 0)
     probe = ray.remote(num_cpus=0 if num_gpus else 1, num_gpus=num_gpus)(_probe_precision)
     precision: str = ray.get(probe.remote(num_gpus > 0))

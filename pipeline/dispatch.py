@@ -36,6 +36,8 @@ WINDOW_SHARDS: Final = 2_000
 # Ray replaces dead workers for ever, but a shard that has killed three of them is left to a later pass.
 # (2.60 warns that this argument is to go, and names no other; without it, one bad shard is retried without end.)
 MAX_TASK_RETRIES: Final = 2
+# A node that goes while a worker starts on it costs one of these.
+MAX_START_DEATHS: Final = 3
 # A shard is sent this often: as planned, and once more for what a dead worker took with it.
 PASSES: Final = 2
 # When shard after shard fails, the fault lies in no shard (a full disk, a missing file), and waiting finds no more.
@@ -142,6 +144,7 @@ def _open_dataset(shards: list[Shard]) -> Dataset:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     dataset.context.max_errored_blocks = -1
+    dataset.context.max_consecutive_actor_init_deaths = MAX_START_DEATHS
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     return dataset
@@ -254,8 +257,9 @@ def _describe_failures(failures: dict[int, str], missing: dict[int, Shard]) -> s
 
 def _find_cause(error: BaseException) -> str:
     """The innermost reason, in one line: Ray wraps errors into each other, each with the whole traceback."""
-    cause = error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and inner is not cause:
-        cause = inner
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(cause).__name__
+    reasons = []
+    cause: BaseException | None = error
+    while cause is not None:
+        reasons += [line.strip() for line in str(cause).splitlines() if line.strip()][-1:]
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return reasons[-1] if reasons else type(error).__name__

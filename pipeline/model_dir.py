@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.errors import ModelError
@@ -88,7 +88,8 @@ def write_model_dir(
         raise ValueError(f"a category's name cannot contain a line break: {categories!r}")
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
-    save_file(state, root / WEIGHTS)
+    (root / CONFIG).unlink(missing_ok=True)
+    (root / WEIGHTS).write_bytes(save(state))
     (root / LABELS).write_text("".join(f"{category}\n" for category in categories), encoding="utf-8")
     (root / README).write_text(readme, encoding="utf-8")
     (root / PREPROCESSOR).write_text(json.dumps(_describe_preset(preset), indent=2) + "\n")

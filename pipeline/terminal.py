@@ -6,7 +6,9 @@ On a terminal the line is rewritten in place; elsewhere (a log file, a CI job) a
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import shlex
 import sys
 import threading
 import traceback
@@ -163,3 +165,13 @@ def format_seconds(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{minutes} min {rest:02d} s" if hours == 0 else f"{hours:,} h {minutes:02d} min"
+
+
+def quote_for_shell(text: str) -> str:
+    """`text` as one word: in double quotes, which read better here, if the shell would expand nothing in them."""
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+
+
+def quote_for_sql(folder: str) -> str:
+    """All Parquet files of `folder` as DuckDB names them."""
+    return "'" + os.path.join(glob.escape(folder), "*.parquet").replace("'", "''") + "'"

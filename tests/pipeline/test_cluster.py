@@ -1,4 +1,5 @@
 import pytest
+import ray
 
 from pipeline.cluster import Cluster, find_scaling, open_cluster
 from pipeline.errors import ClusterError, ConfigError
@@ -11,7 +12,7 @@ def describe(*, cpus=8.0, gpus=0.0, nodes=1) -> Cluster:
         num_gpus=gpus * nodes,
         cpus_per_node=cpus,
         gpus_per_node=gpus,
-        is_own=False,
+        is_here=False,
         ray_version="2.60.0",
     )
 
@@ -53,7 +54,8 @@ def test_worker_that_no_node_can_hold_is_refused_for_every_reason_at_once():
     assert len(raised.value.faults) == 2
 
 
-def test_address_where_nobody_answers_is_a_clear_error_and_no_endless_wait():
+def test_address_where_nobody_answers_is_a_clear_error_and_no_endless_wait(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever the tests before this one have started
     with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: Connection refused") as raised:
         with open_cluster("127.0.0.1:1"):
             pass

@@ -307,8 +307,7 @@ def test_damaged_exif_does_not_matter_where_it_is_ignored():
     assert all((np.asarray(decode(content)) == pixels).all() for content in damaged_exif())
 
 
-# BUG: to write the EXIF of the turned picture, which nobody asked for, Pillow takes apart all of it; a sound picture
-# with one odd tag beside its orientation becomes a failed row ("error: required argument is not an integer").
+# Pillow's `exif_transpose` also writes the EXIF of the turned picture, and fails on one odd tag in it.
 def test_damaged_exif_costs_the_orientation_at_most_and_not_the_picture():
     sizes = {decode(content, exif="apply").size for content in damaged_exif()}
     assert sizes <= {(32, 24), (24, 32)}
@@ -494,7 +493,7 @@ def test_messages_are_the_same_twice():
             assert why_not(bytes(content)) == why_not(bytes(bytearray(content)))
 
 
-# BUG: `struct.error` and `zlib.error` are both called "error", which says nothing among the failures by type.
+# `struct.error` and `zlib.error` are both called "error", which says nothing among the failures by type.
 def test_error_that_is_only_called_error_says_where_it_is_from(monkeypatch):
     def fail(image):
         raise struct.error("unpack requires a buffer of 4 bytes")

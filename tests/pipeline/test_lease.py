@@ -117,7 +117,7 @@ def test_lease_of_a_dead_process_is_taken_over(folder):
         assert read_lease(folder).pid == os.getpid()
 
 
-# BUG: a killed driver that nobody waits for (PID 1 of many containers waits for nobody) keeps its lease for ever.
+# PID 1 of many containers waits for nobody.
 def test_lease_of_a_killed_process_that_nobody_waited_for_is_taken_over(folder):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:

@@ -99,7 +99,6 @@ def test_output_that_is_a_file_is_refused(tmp_path):
         open_run_folder(str(tmp_path / "out"))
 
 
-# BUG: these come up later as NotADirectoryError and FileExistsError, with a traceback and exit code 1.
 @pytest.mark.parametrize("output", ["file/out", "file/deep/out", "dangling", "dangling/out"])
 def test_output_that_can_be_no_folder_is_refused(tmp_path, output):
     (tmp_path / "file").touch()
@@ -416,8 +415,8 @@ def test_lease_is_renewed_and_the_account_refreshed_while_the_block_lasts(accoun
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
-# BUG: one failed write (a full disk, a shared file system that is away) ends the heartbeat for the rest of the night;
-# after two minutes another host takes the folder over.
+# After one failed write (a full disk, a shared file system that is away), a heart that stops would let another host
+# take the folder over two minutes later.
 def test_heart_beats_on_after_a_failed_write(account, monkeypatch):
     monkeypatch.setattr(runs, "HEARTBEAT_S", 0.001)
     heart = Heart(failures=2)

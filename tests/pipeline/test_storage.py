@@ -133,7 +133,7 @@ def test_folder_is_a_read_error(tmp_path):
         read_image(str(tmp_path))
 
 
-# BUG: os.fdopen refuses a folder and leaves the descriptor open.
+# `os.fdopen` refuses a folder and leaves its descriptor open.
 def test_folder_read_as_an_image_keeps_no_descriptor_open(tmp_path):
     before = len(os.listdir("/dev/fd"))
     for _ in range(3):
@@ -329,7 +329,7 @@ def test_deleted_tree_takes_no_link_target_along(folder):
     assert all_files(folder) == ["keep/a"]
 
 
-# BUG: a file of `scratch` that a left-over worker renames while the tree is deleted ends the deletion half-way.
+# A left-over worker renames its file out of `scratch` while that is deleted.
 def test_tree_is_deleted_although_a_file_of_it_vanishes_meanwhile(folder, monkeypatch):
     for name in ("tree/a", "tree/b", "tree/c"):
         folder.put(name, b"")
@@ -342,5 +342,21 @@ def test_tree_is_deleted_although_a_file_of_it_vanishes_meanwhile(folder, monkey
             raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
     monkeypatch.setattr(os, "unlink", unlink_second)
+    folder.delete_tree("tree")
+    assert not folder.exists("tree")
+
+
+# BUG: ENOTEMPTY ends the sweep, and with it a run whose only fault is that a left-over worker is still writing.
+def test_tree_is_deleted_although_a_file_is_added_meanwhile(folder, monkeypatch):
+    folder.put("tree/a", b"")
+    rmdir, has_added = os.rmdir, []
+
+    def add_and_remove(*arguments, **options):
+        if not has_added:
+            has_added.append(True)
+            folder.path("tree/b").write_bytes(b"")
+        rmdir(*arguments, **options)
+
+    monkeypatch.setattr(os, "rmdir", add_and_remove)
     folder.delete_tree("tree")
     assert not folder.exists("tree")

@@ -180,7 +180,7 @@ def test_notice_stays_on_the_terminal_above_the_line():
     assert set(last.split(ERASE)) <= {"", "5 of 9 images", "9 of 9 images"}
 
 
-# BUG: the line can be drawn between the two steps, and the notice then stands behind it.
+# In two steps, the line could be drawn between them, and the notice would stand behind it.
 def test_notice_takes_the_place_of_the_line_in_one_step():
     written = []
     stream = FakeTerminal()
@@ -197,10 +197,10 @@ def test_line_is_cut_to_the_width_of_the_terminal(monkeypatch):
     assert set(stream.getvalue().split(ERASE)) == {"", "0123456789012345678"}
 
 
-# BUG: the width is asked of stdout, which is the driver's log by then; a terminal below 80 columns is wrapped and
-# fills with line after line, one above 80 shows a part.
-@pytest.mark.parametrize("columns", [40, 120])
-def test_line_is_cut_to_the_width_of_its_own_terminal(monkeypatch, columns):
+# Stdout is the driver's log by then. Some terminals (`docker run -t` in a script) say that they have 0 columns: BUG for
+# these, since the line is not cut and its last character is missing.
+@pytest.mark.parametrize(("columns", "width"), [(40, 39), (120, 119), (0, 79)])
+def test_line_is_cut_to_the_width_of_its_own_terminal(monkeypatch, columns, width):
     monkeypatch.delenv("COLUMNS")
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -215,7 +215,7 @@ def test_line_is_cut_to_the_width_of_its_own_terminal(monkeypatch, columns):
             break
     os.close(leader)
     lines = set(re.split("\r\x1b\\[K", written.decode()))
-    assert max(map(len, lines)) == columns - 1
+    assert max(map(len, lines)) == width
 
 
 def test_dumb_terminal_gets_plain_lines(monkeypatch):
@@ -250,7 +250,7 @@ def test_line_is_erased_when_the_run_fails():
     assert stream.getvalue().endswith(ERASE)
 
 
-# BUG: a run that outlives its terminal (a dropped connection, `disown`) fails at its next word, the last one included.
+# A run outlives its terminal: a dropped connection, `disown`.
 def test_terminal_that_is_gone_does_not_end_the_run():
     class GoneTerminal(FakeTerminal):
         def write(self, text: str) -> int:
@@ -309,7 +309,7 @@ def test_log_of_an_earlier_invocation_is_kept(tmp_path):
     assert "inside" in (tmp_path / "log").read_text()
 
 
-# BUG: what Python has buffered when the block ends is written to the real stdout afterwards, before the JSON document.
+# What Python has buffered when the block ends would come out on stdout afterwards, before the JSON document.
 def test_printed_text_goes_to_the_log_as_well(tmp_path):
     script = (
         "import sys\n"
@@ -327,7 +327,6 @@ def test_printed_text_goes_to_the_log_as_well(tmp_path):
     assert set((tmp_path / "log").read_text().splitlines()) == {"inside", "inside, too"}
 
 
-# BUG: the stream to the terminal is never closed.
 def test_redirecting_keeps_no_descriptor_open(tmp_path):
     script = (
         "import os, sys\n"
@@ -343,7 +342,7 @@ def test_redirecting_keeps_no_descriptor_open(tmp_path):
     assert run_script(script, str(tmp_path / "log")).stdout == b"0\n"
 
 
-# BUG: sys.stderr writes such names with a backslash; the stream that stands in for it raises UnicodeEncodeError.
+# As on sys.stderr, with a backslash.
 def test_undecodable_name_can_be_shown(tmp_path):
     script = (
         "import sys\n"
@@ -356,6 +355,22 @@ def test_undecodable_name_can_be_shown(tmp_path):
     run = run_script(script, str(tmp_path / "log"))
     assert run.returncode == 0, run.stderr
     assert run.stderr.startswith(b"caf")
+
+
+# BUG: the flush into the log raises before the descriptors are restored, and the error message goes where nobody looks.
+def test_descriptors_are_restored_although_the_disk_of_the_log_is_full():
+    script = (
+        "import contextlib, os\n"
+        "from pathlib import Path\n"
+        "from pipeline.terminal import redirect_output\n"
+        "with contextlib.suppress(OSError), redirect_output(Path('/dev/full')):\n"
+        "    print('inside')\n"
+        "os.write(1, b'result')\n"
+        "os.write(2, b'message')\n"
+    )
+    run = run_script(script)
+    assert run.stdout.startswith(b"result")
+    assert run.stderr.startswith(b"message")
 
 
 def test_stream_that_took_the_place_of_stderr_is_used_as_it_is(tmp_path, monkeypatch):

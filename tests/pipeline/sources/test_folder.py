@@ -227,7 +227,7 @@ def test_output_that_is_the_input_lists_nothing(tmp_path):
     assert list_names(tmp_path, output=tmp_path) == []
 
 
-# BUG: the output is looked up when the source is opened, which is before a new run makes its folder.
+# A new run makes the folder of its output after it has opened its inputs.
 def test_output_that_is_made_after_the_source_was_opened_is_not_listed(tmp_path):
     make_files(tmp_path, "a.jpg")
     source = FolderSource(str(tmp_path), selection=Selection(), target="none", output=str(tmp_path / "out"))
@@ -299,7 +299,7 @@ def test_target_of_a_linked_folder_is_the_links_name(tmp_path):
     assert [image.target for image in list_folder(tmp_path / "root", target="folder")] == ["cat"]
 
 
-# BUG: a target is a label and no URI; `50% off` comes out as `50%25 off` and matches no category of that name.
+# A target is a label and no URI: what is encoded would match no category of that name.
 def test_target_is_the_folders_name_as_it_is(tmp_path):
     make_files(tmp_path, "50% off/a.jpg", "c#/b.jpg", "std::vector/c.jpg")
     assert [image.target for image in list_folder(tmp_path, target="folder")] == ["50% off", "c#", "std::vector"]
@@ -335,7 +335,6 @@ def test_forbidden_input_is_one_entry_with_its_error(open_dir):
     assert images == [ListedImage(f"{open_dir}/b", error="PermissionError: Permission denied")]
 
 
-# BUG: a link into a forbidden folder is taken for a file without a suffix, so nothing tells that it was left out.
 def test_link_into_a_forbidden_folder_is_one_entry_with_its_error(open_dir):
     make_files(open_dir, "forbidden/album/a.jpg", "root/b.jpg")
     (open_dir / "root/album").symlink_to("../forbidden/album")
@@ -420,7 +419,6 @@ def test_object_store_is_refused_with_what_would_work():
         open_source("s3://bucket/x", selection=Selection(), target="none")
 
 
-# BUG: what exists and is neither file nor folder "does not exist".
 def test_input_that_is_a_named_pipe_is_not_said_to_be_missing(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(NoImagesError, match=r"pipe") as caught:
@@ -450,7 +448,6 @@ def test_input_inside_another_is_dropped_unless_the_other_skips_it(given, kept, 
     assert drop_nested(given) == (kept, dropped)
 
 
-# BUG: the folder's listing passes over the file's suffix, so that the file the user named is labelled by nobody.
 def test_file_given_by_name_is_not_dropped_where_its_folder_would_skip_it(tmp_path):
     make_files(tmp_path, "a.jpg", "scan.dat")
     kept, _ = drop_nested([str(tmp_path), str(tmp_path / "scan.dat")])

@@ -30,6 +30,7 @@ from pipeline.decode import decode
 from pipeline.errors import ConfigError, DecodeError, OutputError
 from pipeline.models import Model, open_model
 from pipeline.predict import Predictor
+from pipeline.terminal import quote_for_shell
 
 MAX_MODEL_DIR_BYTES = 500_000
 
@@ -163,7 +164,7 @@ def test_query_survives_the_shell_and_finds_the_parts(tmp_path: Path, folder: st
     part = str(tmp_path / folder / "part-000000.parquet")
     table = pa.table({"target": ["one", "one", "six", "six"], "label": ["two", "two", "six", None]})
     pq.write_table(table, part)
-    text = demo.quote_for_shell(demo.compose_query(str(tmp_path / folder)))
+    text = quote_for_shell(demo.compose_query(str(tmp_path / folder)))
     query = subprocess.run(["sh", "-c", f"printf %s {text}"], capture_output=True, text=True, check=True).stdout
     assert len(query.splitlines()) == 3
     assert rows(query) == [("one", "two", 2)]
