@@ -144,8 +144,11 @@ class LocalFolder:
     def delete_tree(self, directory: str) -> None:
         """Remove `directory` with all files in it, its own folders included."""
         while self.exists(directory):
-            with contextlib.suppress(FileNotFoundError):  # left-over workers rename files away meanwhile
+            try:
                 shutil.rmtree(self.path(directory))
+            except OSError as error:  # left-over workers write and rename files meanwhile
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
 
     @staticmethod
     def _sync_directory(directory: Path) -> None:

@@ -82,9 +82,10 @@ class Progress:
     def _find_width(self) -> int:
         """Columns of this stream's terminal, which need not be that of stdout."""
         try:
-            return int(os.environ.get("COLUMNS") or os.get_terminal_size(self._stream.fileno()).columns)
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(self._stream.fileno()).columns)
         except (OSError, ValueError):
-            return _USUAL_COLUMNS
+            columns = 0
+        return columns or _USUAL_COLUMNS
 
 
 @contextlib.contextmanager
@@ -118,8 +119,9 @@ def redirect_output(log: Path) -> Iterator[TextIO]:
         yield terminal
     finally:
         # What was printed meanwhile is still in Python's buffers, and belongs into the log as well.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr, *([terminal] if is_own else [])):
+            with contextlib.suppress(OSError):  # a full disk, a terminal that is gone: the message to come matters more
+                stream.flush()
         if is_own:
             with contextlib.suppress(OSError):
                 terminal.close()

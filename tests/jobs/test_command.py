@@ -89,7 +89,7 @@ def test_run_prints_one_document_and_none_of_rays_chatter(nightshift, make_image
     assert account["throughput"]["images_per_s"] > 0
     assert account["throughput"]["seconds"] > account["invocations"][0]["active_seconds"]
     assert (tmp_path / "out/_SUCCESS").read_bytes() == b""
-    assert [line for line in done.stderr.splitlines() if not line.startswith(("loading", "starting"))] == []
+    assert all(line.startswith(("loading", "starting")) or " images" in line for line in done.stderr.splitlines())
     assert {row["label"] for row in pq.read_table(tmp_path / "out/predictions").to_pylist()} <= set("0123456")
 
     began = time.monotonic()
@@ -101,7 +101,9 @@ def test_run_prints_one_document_and_none_of_rays_chatter(nightshift, make_image
     assert not loaded & {"torch", "ray"}
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_interrupted_run_stops_cleanly_and_is_continued(number, exit_code, nightshift, tiny_model_dir, tmp_path):
     """Images that take a while each, so that the signal comes in the middle of the work."""
     images = tmp_path / "images"
