@@ -52,7 +52,8 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
             for fault in getattr(error, "faults", (error,)):
                 print(f"error: {fault}", file=sys.stderr)
         return getattr(error, "exit_code", PipelineError.exit_code)
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt as interrupt:  # before or after the work itself, which says what it has kept
+        print("stopped", file=sys.stderr)
         return int(interrupt.args[0]) + 128 if interrupt.args else EXIT_INTERRUPTED
 
 

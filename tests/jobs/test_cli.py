@@ -66,8 +66,8 @@ def test_missing_file_is_a_clear_error(tmp_path):
         (NoImagesError("nothing"), 2, "error: nothing\n"),
         (PipelineError("broke"), 1, "error: broke\n"),
         (InterruptedRunError("stopped", signal=15), 143, "error: stopped\n"),
-        (KeyboardInterrupt(), 130, ""),
-        (KeyboardInterrupt(15), 143, ""),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (KeyboardInterrupt(15), 143, "stopped\n"),
     ],
 )
 def test_errors_become_exit_codes_and_one_line_each(error, exit_code, printed, capsys):
