@@ -61,8 +61,8 @@ def run_shards(task: Task, model: Model, shards: Iterable[Shard], *, scaling: Sc
         while window := list(islice(remaining, WINDOW_SHARDS)):
             for outcome in _run_window(task, model_reference, window, scaling):
                 if isinstance(outcome, Done):
-                    del missing[outcome.shard]
-                    yield outcome
+                    if missing.pop(outcome.shard, None):  # a shard that Ray has done twice counts once
+                        yield outcome
                 else:
                     failures[outcome.shard] = outcome.error
                     if not task.fence.is_open:

@@ -197,12 +197,14 @@ def test_part_with_a_damaged_footer_is_redone(folder):
     (shard,) = shards(5)
     commit_part(folder, shard, make_rows(5), run_hash=HASH)
     whole = path_of(folder, 0).read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")  # of the footer
     for content in (
         b"",
         b"PAR1",
         b"<html></html>" * 99,
         whole[:-100] + bytes(92) + whole[-8:],
         whole[:-8] + b"\xff" * 8,
+        whole[: -8 - length] + b"\xff" * length + whole[-8:],  # PyArrow raises OSError, as if the disk were at fault
     ):
         path_of(folder, 0).write_bytes(content)
         assert find_committed(folder, [shard], run_hash=HASH) == {}

@@ -12,10 +12,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from pipeline.decode import FORMATS, decode
 from pipeline.errors import DecodeError
@@ -76,7 +77,8 @@ SAVED = {
     "WEBP": ("RGB", "RGBA"),
     "BMP": ("1", "L", "P", "RGB"),
     "GIF": ("L", "P"),
-    "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"),
+    # Pillow reads the uncompressed YCbCr that it writes only since 13.0.
+    "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "LAB", *(["YCbCr"] if PIL.__version__ >= "13" else [])),
     "AVIF": ("L", "RGB", "RGBA"),
     "JPEG2000": ("L", "LA", "RGB", "RGBA"),
     "PPM": ("1", "L", "RGB"),
@@ -305,6 +307,15 @@ def damaged_exif() -> list[bytes]:
 def test_damaged_exif_does_not_matter_where_it_is_ignored():
     pixels = np.asarray(decode(encode(PHOTO, "JPEG")))
     assert all((np.asarray(decode(content)) == pixels).all() for content in damaged_exif())
+
+
+def test_exif_that_cannot_be_read_at_all_is_none():
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text("Raw profile type exif", "\nexif\n       4\nnot hex")
+    content = encode(PHOTO, "PNG", pnginfo=metadata)
+    with pytest.raises(ValueError, match="fromhex"):
+        Image.open(io.BytesIO(content)).getexif()
+    assert (np.asarray(decode(content, exif="apply")) == np.asarray(PHOTO)).all()
 
 
 # Pillow's `exif_transpose` also writes the EXIF of the turned picture, and fails on one odd tag in it.

@@ -346,7 +346,7 @@ def test_tree_is_deleted_although_a_file_of_it_vanishes_meanwhile(folder, monkey
     assert not folder.exists("tree")
 
 
-# BUG: ENOTEMPTY ends the sweep, and with it a run whose only fault is that a left-over worker is still writing.
+# A left-over worker is still writing.
 def test_tree_is_deleted_although_a_file_is_added_meanwhile(folder, monkeypatch):
     folder.put("tree/a", b"")
     rmdir, has_added = os.rmdir, []

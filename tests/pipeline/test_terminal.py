@@ -197,8 +197,7 @@ def test_line_is_cut_to_the_width_of_the_terminal(monkeypatch):
     assert set(stream.getvalue().split(ERASE)) == {"", "0123456789012345678"}
 
 
-# Stdout is the driver's log by then. Some terminals (`docker run -t` in a script) say that they have 0 columns: BUG for
-# these, since the line is not cut and its last character is missing.
+# Stdout is the driver's log by then. Some terminals (`docker run -t` in a script) say that they have 0 columns.
 @pytest.mark.parametrize(("columns", "width"), [(40, 39), (120, 119), (0, 79)])
 def test_line_is_cut_to_the_width_of_its_own_terminal(monkeypatch, columns, width):
     monkeypatch.delenv("COLUMNS")
@@ -357,7 +356,7 @@ def test_undecodable_name_can_be_shown(tmp_path):
     assert run.stderr.startswith(b"caf")
 
 
-# BUG: the flush into the log raises before the descriptors are restored, and the error message goes where nobody looks.
+# Else the error message would go where nobody looks.
 def test_descriptors_are_restored_although_the_disk_of_the_log_is_full():
     script = (
         "import contextlib, os\n"
