@@ -255,7 +255,7 @@ def run(config: LabelConfig, *, started: float | None = None) -> LabelResult:
     inputs = _open_inputs(config)
     started = time.time() if started is None else started
     log = folder.path(DRIVER_LOG)
-    with hold_lease(folder, overwrite=config.overwrite) as lease, open_terminal(log, is_quiet=config.quiet) as progress:
+    with hold_lease(folder) as lease, open_terminal(log, is_quiet=config.quiet) as progress:
         plan = _find_plan(config, folder, lease)
         committed = find_committed(folder, plans.read_shards(folder), run_hash=plan.run_hash) if plan else {}
         if plan and len(committed) == plan.listing.num_shards:
@@ -280,8 +280,7 @@ def _label(
     progress.show(f"loading {config.model}")
     with _timed(timings, "model_s"):
         model = _open_model(config, plan)
-    with _timed(timings, "plan_s"):
-        listing = plan.listing if plan else _list_images(config, folder, inputs, progress)
+    inputs.check_not_empty()
 
     progress.show("starting Ray")
     cluster_began = time.monotonic()
@@ -290,18 +289,23 @@ def _label(
 
     with open_cluster(config.address) as cluster:
         timings["cluster_s"] = time.monotonic() - cluster_began
-        scaling = _find_scaling(config, cluster, listing)
+        scaling = _find_scaling(config, cluster, plan)
         if plan is None:
-            resolved = _resolve(config, model, listing, cluster, scaling)
+            precision = _find_precision(config, cluster, scaling)
+            with _timed(timings, "plan_s"):
+                _clear(config, folder, lease)  # not before everything that can be refused was looked at
+                listing = _list_images(config, folder, inputs, progress)
+            resolved = _resolve(config, model, listing, precision)
             plan = plans.seal_plan(folder, listing, given=config.identity, resolved=resolved, epoch=lease.epoch)
         account = Account(folder, plan, committed, started=started)
         account.timings = timings
-        account.cluster = asdict(cluster) | asdict(scaling)
         shards = [shard for shard in plans.read_shards(folder) if shard.index not in committed]
+        scaling = scaling.limited_to(len(shards))
+        account.cluster = asdict(cluster) | asdict(scaling)
         task = _describe_task(config, folder, lease, plan, model, scaling)
         rate = Rate()
         progress.show(partial(_describe_progress, account, rate))
-        with keep_account(account, lease, max_in_work=scaling.max_shards_in_work * listing.shard_size):
+        with keep_account(account, lease, max_in_work=scaling.max_shards_in_work * plan.listing.shard_size):
             for done in run_shards(task, model, plans.stride_order(shards), scaling=scaling):
                 account.add(done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
                 rate.add(done.counts.num_images, at=done.finished_at, since=done.ready_at)
@@ -358,16 +362,24 @@ def _find_max_shard_size(config: LabelConfig) -> int:
 
 
 def _find_plan(config: LabelConfig, folder: LocalFolder, lease: HeldLease) -> Plan | None:
-    """The plan to continue, or None where there is none and the folder is cleared for a new one."""
+    """The plan to continue, or None where a new one is to be made."""
     plan = plans.load_plan(folder)
-    if plan is not None and plan.epoch == lease.epoch:
+    if config.overwrite or (plan is not None and plan.epoch < lease.epoch):  # else an overwrite was begun and not ended
+        return None
+    if plan is not None:
         _refuse_changes(config, plan.given, plan.resolved)
         sweep_foreign(folder, run_hash=plan.run_hash)
-        return plan
-    if plan is None and not config.overwrite and any(folder.list_names(PREDICTIONS_DIR)):
+    elif any(folder.list_names(PREDICTIONS_DIR)):
         raise OutputError(f"output {config.output!r} has parts but no plan to continue; start anew with --overwrite")
+    return plan
+
+
+def _clear(config: LabelConfig, folder: LocalFolder, lease: HeldLease) -> None:
+    """Make room for a new plan."""
+    plan = plans.load_plan(folder)
+    if config.overwrite and plan is not None:
+        lease.begin_epoch(after=plan.epoch)
     clear_run(folder)
-    return None
 
 
 def _refuse_changes(config: LabelConfig, given: dict[str, Any], resolved: dict[str, Any]) -> None:
@@ -391,13 +403,13 @@ def _open_model(config: LabelConfig, plan: Plan | None) -> Model:
     return model
 
 
-def _find_scaling(config: LabelConfig, cluster: Cluster, listing: Listing) -> Scaling:
+def _find_scaling(config: LabelConfig, cluster: Cluster, plan: Plan | None) -> Scaling:
     from pipeline.cluster import find_scaling
 
     is_split = config.decode_on == "cpu-nodes"
-    if is_split and listing.shard_size > plans.MAX_SPLIT_SHARD_SIZE:
+    if is_split and plan is not None and plan.listing.shard_size > plans.MAX_SPLIT_SHARD_SIZE:
         raise ConfigError(
-            f"--decode-on cpu-nodes: the shards of this run hold {listing.shard_size:,} images, and only up to "
+            f"--decode-on cpu-nodes: the shards of this run hold {plan.listing.shard_size:,} images, and only up to "
             f"{plans.MAX_SPLIT_SHARD_SIZE} can be sent between nodes; continue without it, or use --overwrite"
         )
     return find_scaling(
@@ -405,20 +417,22 @@ def _find_scaling(config: LabelConfig, cluster: Cluster, listing: Listing) -> Sc
         num_workers=config.num_workers,
         gpus_per_worker=None if config.gpus_per_worker == "auto" else config.gpus_per_worker,
         cpus_per_worker=None if config.cpus_per_worker == "auto" else config.cpus_per_worker,
-        num_shards=listing.num_shards,
         is_split=is_split,
     )
 
 
-def _resolve(config: LabelConfig, model: Model, listing: Listing, cluster: Cluster, scaling: Scaling) -> dict[str, Any]:
-    """The identity of the run with no `auto` left in it."""
+def _find_precision(config: LabelConfig, cluster: Cluster, scaling: Scaling) -> str:
     from pipeline.cluster import find_best_precision
 
-    precision: str = config.precision
-    if precision == "auto":
-        precision = find_best_precision(cluster, num_gpus=scaling.gpus_per_worker)
-    elif precision == "fp16" and not scaling.gpus_per_worker:
+    if config.precision == "auto":
+        return find_best_precision(cluster, num_gpus=scaling.gpus_per_worker)
+    if config.precision == "fp16" and not scaling.gpus_per_worker:
         raise ConfigError("--precision fp16: needs GPUs, and the cluster has none")
+    return config.precision
+
+
+def _resolve(config: LabelConfig, model: Model, listing: Listing, precision: str) -> dict[str, Any]:
+    """The identity of the run with no `auto` left in it."""
     return {
         **config.identity,
         **asdict(model.preset),

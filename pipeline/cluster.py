@@ -154,7 +154,6 @@ def find_scaling(
     num_workers: str,
     gpus_per_worker: float | None,
     cpus_per_worker: float | None,
-    num_shards: int,
     is_split: bool,
 ) -> Scaling:
     """What the cluster allows and the user wishes; None and `auto` leave it to the cluster.
@@ -194,4 +193,4 @@ def find_scaling(
         cpus_per_worker=cpus,
         gpus_per_worker=gpus,
         num_decoders=num_decoders,
-    ).limited_to(num_shards)
+    )

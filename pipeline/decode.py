@@ -96,10 +96,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_8_bit_grey(image: Image.Image) -> Image.Image:
     """Scale greys of 16 bits by their full range, and floating point ones from the range they are usually kept in."""
-    greys = np.asarray(image, dtype=np.float64)
-    greys = np.nan_to_num(greys, posinf=255.0, neginf=0.0)
+    greys = np.array(image, dtype=np.float32)
     if image.mode == "F":
-        scaled = greys * 255 if greys.max(initial=0.0) <= 1 else greys
+        np.nan_to_num(greys, copy=False, posinf=255.0, neginf=0.0)
+        greys *= 255 if greys.max(initial=0.0) <= 1 else 1
     else:
-        scaled = greys / 257  # 65535 / 255; also for mode I, into which Pillow puts 16-bit PNG and PGM
-    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+        greys /= 257  # 65535 / 255; also for mode I, into which Pillow puts 16-bit PNG and PGM
+    return Image.fromarray(greys.round(out=greys).clip(0, 255, out=greys).astype(np.uint8))

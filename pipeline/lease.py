@@ -101,6 +101,11 @@ class HeldLease:
         """The other side of this lease, for the workers."""
         return Fence(self._folder, self._lease.token)
 
+    def begin_epoch(self, *, after: int) -> None:
+        """Start anew, later than the epoch of this lease and of a plan that is to be replaced."""
+        self._lease = replace(self._lease, epoch=max(self._lease.epoch, after) + 1)
+        self.renew()
+
     def renew(self) -> None:
         """Write a heartbeat, unless somebody else has taken the lease over meanwhile."""
         self._write(self._lease.state)
@@ -114,7 +119,7 @@ class HeldLease:
         self._write("released")
 
     def _write(self, state: State) -> None:
-        with self._guard:
+        with self._guard, _critical_section(self._folder):
             current = read_lease(self._folder)
             if current is None or current.token == self._lease.token:
                 self._lease = replace(self._lease, state=state, heartbeat=time.time())
@@ -122,8 +127,8 @@ class HeldLease:
 
 
 @contextlib.contextmanager
-def hold_lease(folder: LocalFolder, *, overwrite: bool) -> Iterator[HeldLease]:
-    """Take the lease for the length of a block; an overwriting run also begins a new epoch.
+def hold_lease(folder: LocalFolder) -> Iterator[HeldLease]:
+    """Take the lease for the length of a block.
 
     Raises LeaseHeldError, which names the holder, where another run is at work. The first run has epoch 0.
     """
@@ -138,7 +143,7 @@ def hold_lease(folder: LocalFolder, *, overwrite: bool) -> Iterator[HeldLease]:
         now = time.time()
         lease = Lease(
             token=secrets.token_hex(8),
-            epoch=0 if current is None else current.epoch + overwrite,
+            epoch=0 if current is None else current.epoch,
             state="running",
             heartbeat=now,
             host=socket.gethostname(),

@@ -10,6 +10,7 @@ from itertools import islice
 from pipeline.errors import NoImagesError
 from pipeline.sources import ListedImage, Selection, Source, drop_nested, open_source
 from pipeline.sources.base import IMAGE_SUFFIXES
+from pipeline.storage import has_scheme
 
 _SHOWN_SUFFIXES = 8
 
@@ -31,7 +32,7 @@ class Inputs:
     ) -> None:
         self.given = given
         self.limit = limit
-        paths, self.nested = drop_nested([os.path.abspath(path) for path in given])
+        paths, self.nested = drop_nested([path if has_scheme(path) else os.path.abspath(path) for path in given])
         """Inputs that another input covers: their images are read once."""
         self._sources: list[Source] = []
         faults: list[str] = []
@@ -51,6 +52,10 @@ class Inputs:
             yield image
         if num_images == 0:
             raise self._nothing_found()
+
+    def check_not_empty(self) -> None:
+        """Raise NoImagesError where there is nothing to list."""
+        next(self.list_images())
 
     @property
     def skipped(self) -> Counter[str]:

@@ -18,6 +18,7 @@ class _Level(NamedTuple):
     """A folder that is being listed: what it is, its name as a target, and its entries that are still to come."""
 
     identity: _Identity | None
+    num_links: int  # on the way to it
     target: str | None
     entries: Iterator[os.DirEntry[str]]
 
@@ -26,7 +27,8 @@ class FolderSource:
     """Every image file below a folder, depth first, the names of each folder in the order of their bytes.
 
     Hidden names and `__MACOSX` are skipped. Symlinks are followed and keep their own path, except where they lead
-    back into a folder that is being listed. A folder that may not be read becomes one entry with an `error`.
+    back into a folder that is being listed; and links behind links lead to each folder at most once, or a few that
+    lead to each other would never end. A folder that may not be read becomes one entry with an `error`.
     """
 
     def __init__(self, root: str, *, selection: Selection, target: str, output: str | None = None) -> None:
@@ -40,10 +42,12 @@ class FolderSource:
         self._output_identity = find_identity(self.output) if self.output else None
         levels: list[_Level] = []  # from the root to the folder being listed; a tree may be too deep for recursion
         unopened: str | None = self.root
+        num_links = 0
+        self._behind_two_links: set[_Identity | None] = set()
         while unopened or levels:
             if unopened:
                 try:
-                    levels += self._open(unopened, levels)
+                    levels += self._open(unopened, levels, num_links)
                 except OSError as error:
                     yield ListedImage(path_to_uri(unopened), error=f"{type(error).__name__}: {error.strerror}")
                 unopened = None
@@ -52,19 +56,24 @@ class FolderSource:
             if entry is None:
                 levels.pop()
             elif _is_folder(entry):
-                unopened = entry.path
+                unopened, num_links = entry.path, levels[-1].num_links + entry.is_symlink()
             elif self._is_image(entry):
                 yield ListedImage(path_to_uri(entry.path), levels[-1].target)
 
-    def _open(self, folder: str, above: list[_Level]) -> list[_Level]:
-        """The level of `folder`, or nothing where it is the output or lies above itself."""
+    def _open(self, folder: str, above: list[_Level], num_links: int) -> list[_Level]:
+        """The level of `folder`, or nothing where it is the output, lies above itself or was linked to before."""
         identity = find_identity(folder)
         if identity is not None and (identity == self._output_identity or any(identity == a.identity for a in above)):
             return []
+        if num_links > 1:
+            if identity in self._behind_two_links:
+                self.skipped["linked to again"] += 1
+                return []
+            self._behind_two_links.add(identity)
         with os.scandir(folder) as scan:
             entries = sorted((e for e in scan if not is_skipped(e.name)), key=lambda e: os.fsencode(e.name))
         target = read_target(folder) if self.has_targets else None
-        return [_Level(identity, target, iter(entries))]
+        return [_Level(identity, num_links, target, iter(entries))]
 
     def _is_image(self, entry: os.DirEntry[str]) -> bool:
         suffix = os.path.splitext(entry.name)[1].lower()

@@ -20,7 +20,7 @@ from PIL import Image
 
 from jobs.label import LabelConfig, run
 from pipeline import schema
-from pipeline.errors import ConfigError, ModelError, NoImagesError, OutputError, WorkerError
+from pipeline.errors import ConfigError, ModelError, NoImagesError, OutputError, UsageError, WorkerError
 
 TOLERANCE = 1e-4
 
@@ -275,6 +275,28 @@ def test_overwrite_starts_anew_and_deletes_only_its_own(first_run, finished):
     assert notes.read_text() == "mine"
     assert len(list_parts(finished)) == 3
     assert {len(best) for best in pq.read_table(list_parts(finished))["predictions"].to_pylist()} == {2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "resnet5O"}, {"inputs": ("empty",)}, {"top_k": 11}, {"cpus_per_worker": 64.0}, {"precision": "fp16"}],
+    ids=str,
+)
+def test_overwrite_that_is_refused_leaves_the_run_as_it_was(finished, change, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    parts = list_parts(finished)
+    with pytest.raises(UsageError):
+        run(replace(finished, overwrite=True, **change))
+    assert list_parts(finished) == parts
+    assert run(finished).account["state"] == "done"
+    Path(finished.output, "_SUCCESS").unlink()
+    assert run(finished).account["invocations"][-1]["images"] == 0
+
+
+def test_overwrite_starts_anew_although_the_lease_is_lost(finished):
+    Path(finished.output, "_nightshift/lease").unlink()
+    assert run(replace(finished, overwrite=True)).account["plan"]["epoch"] == 1
 
 
 def test_interrupted_overwrite_is_finished_by_the_next_run(first_run, unfinished):

@@ -19,7 +19,7 @@ def describe(*, cpus=8.0, gpus=0.0, nodes=1) -> Cluster:
 
 def scale(cluster, **wishes):
     auto = {"num_workers": "auto", "gpus_per_worker": None, "cpus_per_worker": None}
-    return find_scaling(cluster, **{**auto, "num_shards": 1000, "is_split": False, **wishes})
+    return find_scaling(cluster, **{**auto, "is_split": False, **wishes})
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,6 @@ def scale(cluster, **wishes):
     [
         # min and max workers, CPUs and GPUs of each, decoders
         (describe(cpus=2), {}, (2, 2, 1, 0, 0)),
-        (describe(cpus=2), {"num_shards": 1}, (1, 1, 1, 0, 0)),
         (describe(cpus=2), {"num_workers": "1"}, (1, 1, 1, 0, 0)),
         (describe(cpus=2), {"num_workers": "4"}, (4, 4, 0.5, 0, 0)),
         (describe(cpus=64), {}, (16, 16, 4, 0, 0)),
@@ -46,6 +45,11 @@ def test_workers_fill_the_cluster_and_no_more(cluster, wishes, expected):
     scaling = scale(cluster, **wishes)
     assert (scaling.min_workers, scaling.max_workers) == expected[:2]
     assert (scaling.cpus_per_worker, scaling.gpus_per_worker, scaling.num_decoders) == expected[2:]
+
+
+def test_no_more_workers_are_started_than_there_are_shards():
+    scaling = scale(describe(cpus=16, gpus=2), num_workers="4..8", is_split=True).limited_to(3)
+    assert (scaling.min_workers, scaling.max_workers, scaling.num_decoders) == (3, 3, 3)
 
 
 def test_worker_that_no_node_can_hold_is_refused_for_every_reason_at_once():

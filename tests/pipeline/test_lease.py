@@ -43,9 +43,8 @@ def write_lease(folder: LocalFolder, **fields) -> Lease:
 
 def assert_refused(folder: LocalFolder, match: str = "is in use") -> None:
     before = folder.read(LEASE)
-    for overwrite in (False, True):
-        with pytest.raises(LeaseHeldError, match=match), hold_lease(folder, overwrite=overwrite):
-            pass
+    with pytest.raises(LeaseHeldError, match=match), hold_lease(folder):
+        pass
     assert folder.read(LEASE) == before
 
 
@@ -55,7 +54,7 @@ def assert_refused(folder: LocalFolder, match: str = "is in use") -> None:
 
 def test_folder_without_a_lease_can_be_taken(folder):
     assert read_lease(folder) is None
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         assert read_lease(folder).state == "running"
         assert read_lease(folder).pid == os.getpid()
         assert lease.epoch == 0
@@ -63,14 +62,14 @@ def test_folder_without_a_lease_can_be_taken(folder):
 
 
 def test_second_holder_is_refused_and_told_who_holds_it(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         holder = f"process {os.getpid()} on host {socket.gethostname()}, since 20"
         assert_refused(folder, match=f"out' is in use by another run: {holder}")
         assert lease.fence.is_open
 
 
 def test_stopping_run_still_holds_its_lease(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         lease.stop()
         assert_refused(folder)
 
@@ -78,28 +77,27 @@ def test_stopping_run_still_holds_its_lease(folder):
 def test_released_lease_can_be_taken_by_the_same_process(folder):
     tokens = set()
     for _ in range(3):
-        with hold_lease(folder, overwrite=False):
+        with hold_lease(folder):
             tokens.add(read_lease(folder).token)
     assert len(tokens) == 3
 
 
 def test_lease_is_released_however_the_run_ends(folder):
-    with pytest.raises(KeyboardInterrupt), hold_lease(folder, overwrite=False):
+    with pytest.raises(KeyboardInterrupt), hold_lease(folder):
         raise KeyboardInterrupt
     assert read_lease(folder).state == "released"
 
 
-def test_overwriting_begins_an_epoch_and_continuing_does_not(folder):
-    epochs = []
-    for overwrite in (False, False, True, False, True, True):
-        with hold_lease(folder, overwrite=overwrite) as lease:
-            epochs.append((lease.epoch, read_lease(folder).epoch))
-    assert epochs == [(0, 0), (0, 0), (1, 1), (1, 1), (2, 2), (3, 3)]
-
-
-def test_first_run_has_epoch_0_even_if_it_would_overwrite(folder):
-    with hold_lease(folder, overwrite=True) as lease:
+def test_epoch_is_kept_until_a_later_one_begins(folder):
+    with hold_lease(folder) as lease:
         assert lease.epoch == 0
+        lease.begin_epoch(after=0)
+        assert (lease.epoch, read_lease(folder).epoch) == (1, 1)
+        assert lease.fence.is_open
+    with hold_lease(folder) as lease:
+        assert lease.epoch == 1
+        lease.begin_epoch(after=5)  # of a plan whose lease was lost
+        assert read_lease(folder).epoch == 6
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -112,7 +110,7 @@ def test_lease_of_a_dead_process_is_taken_over(folder):
     write_lease(folder, pid=process.pid, started=started)
     assert_refused(folder, match=f"process {process.pid} ")
     process.communicate(b"\n")
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         assert lease.epoch == 7
         assert read_lease(folder).pid == os.getpid()
 
@@ -124,7 +122,7 @@ def test_lease_of_a_killed_process_that_nobody_waited_for_is_taken_over(folder):
         write_lease(folder, pid=process.pid, started=psutil.Process(process.pid).create_time())
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the table of processes
-        with hold_lease(folder, overwrite=False):
+        with hold_lease(folder):
             pass
     finally:
         process.communicate()
@@ -132,7 +130,7 @@ def test_lease_of_a_killed_process_that_nobody_waited_for_is_taken_over(folder):
 
 def test_lease_of_an_earlier_process_with_the_same_pid_is_taken_over(folder):
     write_lease(folder, started=psutil.Process().create_time() - 3600)
-    with hold_lease(folder, overwrite=False):
+    with hold_lease(folder):
         pass
 
 
@@ -149,13 +147,13 @@ def test_lease_of_another_host_is_held_while_its_heart_beats(folder, state):
 
 def test_lease_of_another_host_is_taken_over_when_its_heart_has_stopped(folder):
     write_lease(folder, host="elsewhere", heartbeat=time.time() - STALE_AFTER_S - 1)
-    with hold_lease(folder, overwrite=False):
+    with hold_lease(folder):
         assert read_lease(folder).host == socket.gethostname()
 
 
 def test_released_lease_of_another_host_can_be_taken_at_once(folder):
     write_lease(folder, host="elsewhere", state="released")
-    with hold_lease(folder, overwrite=False):
+    with hold_lease(folder):
         pass
 
 
@@ -164,14 +162,14 @@ def test_released_lease_of_another_host_can_be_taken_at_once(folder):
 
 
 def test_fence_is_open_while_the_lease_is_held(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         assert lease.fence.is_open
         lease.renew()
         assert lease.fence.is_open
 
 
 def test_fence_closes_when_the_run_is_stopped(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         lease.stop()
         assert not lease.fence.is_open
         lease.renew()  # a heartbeat in between does not open it again
@@ -179,21 +177,21 @@ def test_fence_closes_when_the_run_is_stopped(folder):
 
 
 def test_fence_closes_when_the_lease_is_released(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         fence = lease.fence
     assert not fence.is_open
 
 
 def test_fence_closes_when_another_run_takes_over(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         write_lease(folder)
         assert not lease.fence.is_open
 
 
 def test_fence_of_a_former_run_stays_closed_for_the_next(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         former = lease.fence
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         assert lease.fence.is_open
         assert not former.is_open
 
@@ -203,7 +201,7 @@ def test_fence_without_a_lease_is_closed(folder):
 
 
 def test_fence_travels_to_workers(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         assert pickle.loads(pickle.dumps(lease.fence)).is_open
 
 
@@ -212,7 +210,7 @@ def test_fence_travels_to_workers(folder):
 
 
 def test_renewing_writes_a_heartbeat_and_nothing_else(folder, monkeypatch):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         before = read_lease(folder)
         monkeypatch.setattr(leases.time, "time", lambda: before.heartbeat + 10)
         lease.renew()
@@ -220,7 +218,7 @@ def test_renewing_writes_a_heartbeat_and_nothing_else(folder, monkeypatch):
 
 
 def test_replaced_holder_leaves_its_successors_lease_alone(folder):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         successor = write_lease(folder)
         lease.renew()
         lease.stop()
@@ -231,7 +229,7 @@ def test_replaced_holder_leaves_its_successors_lease_alone(folder):
 
 def test_lease_is_always_readable(folder):
     """Workers read it while the driver renews it."""
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         ended = threading.Event()
 
         def renew() -> None:
@@ -266,7 +264,7 @@ def test_look_and_take_are_one_step(folder, monkeypatch):
 
     def take() -> None:
         try:
-            with hold_lease(folder, overwrite=False):
+            with hold_lease(folder):
                 results.append("held")
                 refused.wait(5)
         except LeaseHeldError:
@@ -292,7 +290,7 @@ from pipeline.storage import LocalFolder
 print("ready", flush=True)
 input()
 try:
-    with hold_lease(LocalFolder(sys.argv[1], scratch="tmp"), overwrite=False):
+    with hold_lease(LocalFolder(sys.argv[1], scratch="tmp")):
         print("held", flush=True)
         input()
 except LeaseHeldError:

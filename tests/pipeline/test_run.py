@@ -342,14 +342,14 @@ def test_account_written_again_keeps_its_state_and_one_invocation(account):
 
 
 def test_account_says_running_while_the_block_lasts(folder, account):
-    with hold_lease(folder, overwrite=False) as lease, keep_account(account, lease, max_in_work=64):
+    with hold_lease(folder) as lease, keep_account(account, lease, max_in_work=64):
         assert read_account(folder)["state"] == "running"
         assert lease.fence.is_open
     assert read_account(folder)["state"] == "running"  # whoever ends the run says how
 
 
 def test_failed_run_says_so_and_stops_its_workers(folder, account):
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         with pytest.raises(ValueError, match="broken"), keep_account(account, lease, max_in_work=64):
             raise ValueError("broken")
         assert read_account(folder)["state"] == "failed"
@@ -364,7 +364,7 @@ def test_failed_run_says_so_and_stops_its_workers(folder, account):
 )
 def test_interrupted_run_says_what_is_done_and_what_will_be_redone(folder, account, interrupt, exit_code):
     account.add(Counts(60, {"OSError": 4}), ready_at=1.0, finished_at=2.0)
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         with pytest.raises(InterruptedRunError) as caught, keep_account(account, lease, max_in_work=128):
             raise interrupt
         assert not lease.fence.is_open
@@ -375,7 +375,7 @@ def test_interrupted_run_says_what_is_done_and_what_will_be_redone(folder, accou
 
 def test_interrupted_run_redoes_no_more_than_is_missing(folder, account):
     account.add(Counts(190), ready_at=1.0, finished_at=2.0)
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         with pytest.raises(InterruptedRunError, match="up to 10 that"), keep_account(account, lease, max_in_work=128):
             raise KeyboardInterrupt
 

@@ -32,7 +32,7 @@ def job(tmp_path, make_images, model):
     forbidden = ListedImage("/forbidden", error="PermissionError: Permission denied")
     write_listing(folder, [*map(ListedImage, paths), forbidden, ListedImage("/gone.jpg")], shard_size=20)
     threads = torch.get_num_threads()
-    with hold_lease(folder, overwrite=False) as lease:
+    with hold_lease(folder) as lease:
         yield (
             lease,
             Task(
@@ -130,7 +130,7 @@ def test_worker_of_a_replaced_run_drops_its_work_before_publishing(job, model):
     thread.start()
     is_held.wait()
     lease.release()
-    with hold_lease(task.folder, overwrite=True):
+    with hold_lease(task.folder):
         may_go.set()
         thread.join()
     assert isinstance(outcome[0], DroppedShard)

@@ -235,6 +235,18 @@ def test_output_that_is_made_after_the_source_was_opened_is_not_listed(tmp_path)
     assert [os.path.basename(image.uri) for image in source.list_images()] == ["a.jpg"]
 
 
+def test_links_among_sibling_folders_end(tmp_path):
+    """Each of 12 folders links to all others: on every way through them, there would be 12 factorial."""
+    names = [f"{number:02}" for number in range(12)]
+    for name in names:
+        make_files(tmp_path, f"{name}/a.jpg")
+        for other in set(names) - {name}:
+            (tmp_path / name / other).symlink_to(f"../{other}")
+    images = list_folder(tmp_path)
+    assert {f"{tmp_path}/{name}/a.jpg" for name in names} <= {image.uri for image in images}
+    assert len(images) <= 12 + 12 * 11 + 12  # by their own path, behind one link, behind more
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Include and exclude
 
