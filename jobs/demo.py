@@ -30,7 +30,7 @@ from jobs.cli import parse, run_command
 from jobs.label import LabelConfig, LabelResult
 from pipeline.errors import ConfigError, OutputError, PipelineError
 from pipeline.run import open_run_folder
-from pipeline.storage import path_to_uri
+from pipeline.storage import has_scheme, path_to_uri
 from pipeline.terminal import format_seconds, quote_for_shell, quote_for_sql
 
 CATEGORIES: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -185,6 +185,8 @@ def write_archive(config: DemoConfig, files: Mapping[str, bytes]) -> None:
     Raises OutputError where the folder holds something that no demo made.
     """
     output = config.output
+    if has_scheme(output):
+        raise OutputError(f"output {output!r}: the demo makes its archive in a folder of this machine")
     open_run_folder(config.labels)  # raises, before anything is written, where no run could be
     try:
         os.makedirs(output, exist_ok=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json as jsonlib
-import math
 import os
 import sys
 import time
@@ -24,24 +23,27 @@ import psutil
 import tyro
 
 from jobs.cli import parse, run_command
+from jobs.inputs import InputConfig
 from pipeline import plan as plans
 from pipeline.commit import PREDICTIONS_DIR, Counts, find_committed, sweep_foreign
 from pipeline.errors import ConfigError, OutputError
 from pipeline.lease import HeldLease, hold_lease
-from pipeline.listing import Inputs
+from pipeline.listing import Inputs, exclude_known
 from pipeline.plan import Listing, Plan
 from pipeline.run import (
-    DRIVER_LOG,
     SUCCESS,
     Account,
     clear_run,
     find_finished,
     keep_account,
+    open_log,
     open_run_folder,
     refuse_changes,
 )
-from pipeline.sources import ListedImage, Selection
-from pipeline.storage import LocalFolder
+from pipeline.sources import normalise_input
+from pipeline.sources.base import find_file_kind
+from pipeline.storage import Folder, as_filesystem, normalise
+from pipeline.summary import summarise
 from pipeline.terminal import Progress, Rate, format_seconds, open_terminal, quote_for_shell, quote_for_sql
 
 if TYPE_CHECKING:
@@ -57,8 +59,8 @@ Triple = tuple[float, float, float]
 
 # What the labels depend on: the identity of a run. The other settings may differ when it is continued.
 IDENTITY: Final = (
-    "inputs include exclude target limit shard_size model weights labels top_k precision preprocess "
-    "resize crop mean std interpolation exif max_pixels"
+    "inputs include exclude target image_column label_column limit shard_size model weights labels top_k precision "
+    "preprocess resize crop mean std interpolation exif max_pixels"
 ).split()
 PRESET: Final = "resize crop mean std interpolation".split()
 # What a row takes in a part of 600 photographs with ImageNet classes, compressed.
@@ -81,26 +83,15 @@ def _is_worker_count(value: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConfig:
+class LabelConfig(InputConfig):
     """Settings of a labelling job: its Python API, its YAML file and its flags."""
 
-    # Input
-    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")] = ()
-    """Folders and image files."""
-    include: tuple[str, ...] = ()
-    """Only files that match this glob: in their name, or, if it has a slash, in their path below the input."""
-    exclude: tuple[str, ...] = ()
-    """No files that match this glob."""
-    target: Literal["none", "folder"] = "none"
-    """Where the true label of an image comes from: `folder` is the name of the folder it lies in."""
     limit: int | None = None
     """Only the first N images of the plan."""
     exif: Literal["ignore", "apply"] = "ignore"
     """Whether pictures are turned the way the camera was held."""
     max_pixels: int = 178_956_970
     """An image with more pixels than this is a failed row."""
-    retries: int = 3
-    """How often a read is repeated that failed for a passing reason."""
 
     # Model
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "resnet50"
@@ -135,6 +126,8 @@ class LabelConfig:
     """With a larger share of failed images the run is complete, but no success (exit code 3)."""
     overwrite: bool = False
     """Start anew in a folder that holds a run."""
+    update: bool = False
+    """List the inputs anew, and label what the run in the folder does not have yet."""
     dry_run: bool = False
     """List and count, and say what the run would take."""
 
@@ -193,6 +186,8 @@ class LabelConfig:
                     self.labels is not None and not os.path.isfile(self.labels),
                     f"--labels {self.labels}: there is no such file",
                 ),
+                (self.update and self.overwrite, "--update: cannot be used with --overwrite"),
+                (self.update and self.limit is not None, "--update: cannot be used with --limit"),
                 (self.dry_run and not self.output, "--dry-run: name the output that the run would have, with -o"),
             )
             if is_faulty
@@ -204,7 +199,7 @@ class LabelConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that the labels depend on, as they were given."""
         settings = {name: getattr(self, name) for name in IDENTITY}
-        settings["inputs"] = sorted({os.path.abspath(path) for path in self.inputs}, key=os.fsencode)
+        settings["inputs"] = sorted(set(map(normalise_input, self.inputs)))
         for name in ("model", "weights", "labels"):
             if settings[name] and os.path.exists(settings[name]):
                 settings[name] = os.path.abspath(settings[name])
@@ -225,13 +220,14 @@ class LabelResult:
     @property
     def predictions(self) -> str:
         """The folder of the parts."""
-        return os.path.join(self.output, PREDICTIONS_DIR)
+        return f"{self.output.rstrip('/')}/{PREDICTIONS_DIR}"
 
     def dataset(self) -> pyarrow.dataset.Dataset:
         """All rows, as a dataset that reads them from disk when they are asked for."""
         import pyarrow.dataset as ds
 
-        return ds.dataset(self.predictions, format="parquet")
+        filesystem, path = as_filesystem(normalise(self.predictions))
+        return ds.dataset(path, filesystem=filesystem, format="parquet")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -248,17 +244,18 @@ def run(config: LabelConfig, *, started: float | None = None) -> LabelResult:
     if config.output is None:
         raise ConfigError("-o: name a folder for the result")
     folder = open_run_folder(config.output)
-    if not config.overwrite and (finished := find_finished(folder)):
+    if not config.overwrite and not config.update and (finished := find_finished(folder)):
         _refuse_changes(config, finished["config"]["given"], finished["config"]["resolved"])
         return LabelResult(output=config.output, account=finished, exit_code=0)
 
-    inputs = _open_inputs(config)
+    inputs = config.open_inputs(output=config.output, limit=config.limit)
     started = time.time() if started is None else started
-    log = folder.path(DRIVER_LOG)
-    with hold_lease(folder) as lease, open_terminal(log, is_quiet=config.quiet) as progress:
+    with hold_lease(folder) as lease, open_log(folder) as log, open_terminal(log, is_quiet=config.quiet) as progress:
         plan = _find_plan(config, folder, lease)
-        committed = find_committed(folder, plans.read_shards(folder), run_hash=plan.run_hash) if plan else {}
-        if plan and len(committed) == plan.listing.num_shards:
+        if plan and config.update:
+            plan = _update_plan(config, folder, plan, inputs, progress)
+        committed = find_committed(folder, plans.read_shards(folder, plan), run_hashes=plan.run_hashes) if plan else {}
+        if plan and len(committed) == plan.num_shards:
             account = Account(folder, plan, committed, started=started)
         else:
             account = _label(config, folder, lease, plan, committed, inputs, progress, started)
@@ -267,7 +264,7 @@ def run(config: LabelConfig, *, started: float | None = None) -> LabelResult:
 
 def _label(
     config: LabelConfig,
-    folder: LocalFolder,
+    folder: Folder,
     lease: HeldLease,
     plan: Plan | None,
     committed: dict[int, Counts],
@@ -280,7 +277,8 @@ def _label(
     progress.show(f"loading {config.model}")
     with _timed(timings, "model_s"):
         model = _open_model(config, plan)
-    inputs.check_not_empty()
+    if plan is None:
+        inputs.check_not_empty()
 
     progress.show("starting Ray")
     cluster_began = time.monotonic()
@@ -289,7 +287,7 @@ def _label(
 
     with open_cluster(config.address) as cluster:
         timings["cluster_s"] = time.monotonic() - cluster_began
-        scaling = _find_scaling(config, cluster, plan)
+        scaling = _find_scaling(config, cluster)
         if plan is None:
             precision = _find_precision(config, cluster, scaling)
             with _timed(timings, "plan_s"):
@@ -297,23 +295,24 @@ def _label(
                 listing = _list_images(config, folder, inputs, progress)
             resolved = _resolve(config, model, listing, precision)
             plan = plans.seal_plan(folder, listing, given=config.identity, resolved=resolved, epoch=lease.epoch)
+        _check_split(config, plan)
         account = Account(folder, plan, committed, started=started)
         account.timings = timings
-        shards = [shard for shard in plans.read_shards(folder) if shard.index not in committed]
+        shards = [shard for shard in plans.read_shards(folder, plan) if shard.index not in committed]
         scaling = scaling.limited_to(len(shards))
         account.cluster = asdict(cluster) | asdict(scaling)
         task = _describe_task(config, folder, lease, plan, model, scaling)
         rate = Rate()
         progress.show(partial(_describe_progress, account, rate))
-        with keep_account(account, lease, max_in_work=scaling.max_shards_in_work * plan.listing.shard_size):
+        with keep_account(account, lease, max_in_work=scaling.max_shards_in_work * plan.max_shard_images):
             for done in run_shards(task, model, plans.stride_order(shards), scaling=scaling):
                 account.add(done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
                 rate.add(done.counts.num_images, at=done.finished_at, since=done.ready_at)
     return account
 
 
-def _finish(config: LabelConfig, folder: LocalFolder, account: Account) -> LabelResult:
-    sweep_foreign(folder, run_hash=account.plan.run_hash)
+def _finish(config: LabelConfig, folder: Folder, account: Account) -> LabelResult:
+    sweep_foreign(folder, run_hashes=account.plan.run_hashes)
     if account.failure_rate > config.max_failure_rate:
         written = account.write("too many failures")
         return LabelResult(output=str(config.output), account=written, exit_code=EXIT_TOO_MANY_FAILURES)
@@ -326,55 +325,54 @@ def _finish(config: LabelConfig, folder: LocalFolder, account: Account) -> Label
 # What a run starts from: inputs, plan, model, scaling
 
 
-def _open_inputs(config: LabelConfig) -> Inputs:
-    return Inputs(
-        config.inputs,
-        selection=Selection(config.include, config.exclude),
-        target=config.target,
-        output=config.output,
-        limit=config.limit,
-    )
+def _update_plan(config: LabelConfig, folder: Folder, plan: Plan, inputs: Inputs, progress: Progress) -> Plan:
+    """The plan, with a segment more where there are images that it does not have yet."""
+    listing = _list_images(config, folder, inputs, progress, plan=plan)
+    if listing.num_images == 0:
+        progress.notice(f"nothing is new: all {plan.num_images:,} images are in this run already")
+        return plan
+    progress.notice(f"{listing.num_images:,} images are new, beside {plan.num_images:,} of this run")
+    folder.delete(SUCCESS)
+    return plans.extend_plan(folder, plan, listing)
 
 
-def _list_images(config: LabelConfig, folder: LocalFolder, inputs: Inputs, progress: Progress) -> Listing:
-    """Stream all images to disk, as a plan that is not sealed yet."""
-    if inputs.nested:
-        progress.notice(f"inputs inside other inputs are read once: {', '.join(inputs.nested)}")
-    num_listed = 0
-    progress.show(lambda: f"listing: {num_listed:,} images")
-
-    def count() -> Iterator[ListedImage]:
-        nonlocal num_listed
-        for image in inputs.list_images():
-            num_listed += 1
-            yield image
-
-    return plans.write_listing(
+def _list_images(
+    config: LabelConfig, folder: Folder, inputs: Inputs, progress: Progress, *, plan: Plan | None = None
+) -> Listing:
+    """Stream all images, or those that are not in `plan`, to disk, as a segment of a plan that is not sealed yet."""
+    images = progress.count(inputs.list_images(), "listing: {:,} images")
+    listing = plans.write_listing(
         folder,
-        count(),
+        images if plan is None else exclude_known(images, plans.read_uris(folder, plan)),
+        segment=0 if plan is None else len(plan.segments),
         shard_size=None if config.shard_size == "auto" else config.shard_size,
         max_shard_size=_find_max_shard_size(config),
     )
+    for notice in inputs.notices:
+        progress.notice(notice)
+    if inputs.num_repeated:
+        progress.notice(f"{inputs.num_repeated:,} images are named more than once, and labelled once")
+    return listing
 
 
 def _find_max_shard_size(config: LabelConfig) -> int:
     return plans.MAX_SPLIT_SHARD_SIZE if config.decode_on == "cpu-nodes" else plans.MAX_SHARD_SIZE
 
 
-def _find_plan(config: LabelConfig, folder: LocalFolder, lease: HeldLease) -> Plan | None:
+def _find_plan(config: LabelConfig, folder: Folder, lease: HeldLease) -> Plan | None:
     """The plan to continue, or None where a new one is to be made."""
     plan = plans.load_plan(folder)
     if config.overwrite or (plan is not None and plan.epoch < lease.epoch):  # else an overwrite was begun and not ended
         return None
     if plan is not None:
         _refuse_changes(config, plan.given, plan.resolved)
-        sweep_foreign(folder, run_hash=plan.run_hash)
+        sweep_foreign(folder, run_hashes=plan.run_hashes)
     elif any(folder.list_names(PREDICTIONS_DIR)):
         raise OutputError(f"output {config.output!r} has parts but no plan to continue; start anew with --overwrite")
     return plan
 
 
-def _clear(config: LabelConfig, folder: LocalFolder, lease: HeldLease) -> None:
+def _clear(config: LabelConfig, folder: Folder, lease: HeldLease) -> None:
     """Make room for a new plan."""
     plan = plans.load_plan(folder)
     if config.overwrite and plan is not None:
@@ -403,21 +401,24 @@ def _open_model(config: LabelConfig, plan: Plan | None) -> Model:
     return model
 
 
-def _find_scaling(config: LabelConfig, cluster: Cluster, plan: Plan | None) -> Scaling:
+def _check_split(config: LabelConfig, plan: Plan) -> None:
+    if config.decode_on == "cpu-nodes" and plan.max_shard_images > plans.MAX_SPLIT_IMAGES:
+        raise ConfigError(
+            f"--decode-on cpu-nodes: a shard of this run holds {plan.max_shard_images:,} images (a compressed tar or a "
+            f"row group is never divided), and only up to {plans.MAX_SPLIT_IMAGES:,} can be sent between nodes; "
+            f"continue without it, or use --overwrite"
+        )
+
+
+def _find_scaling(config: LabelConfig, cluster: Cluster) -> Scaling:
     from pipeline.cluster import find_scaling
 
-    is_split = config.decode_on == "cpu-nodes"
-    if is_split and plan is not None and plan.listing.shard_size > plans.MAX_SPLIT_SHARD_SIZE:
-        raise ConfigError(
-            f"--decode-on cpu-nodes: the shards of this run hold {plan.listing.shard_size:,} images, and only up to "
-            f"{plans.MAX_SPLIT_SHARD_SIZE} can be sent between nodes; continue without it, or use --overwrite"
-        )
     return find_scaling(
         cluster,
         num_workers=config.num_workers,
         gpus_per_worker=None if config.gpus_per_worker == "auto" else config.gpus_per_worker,
         cpus_per_worker=None if config.cpus_per_worker == "auto" else config.cpus_per_worker,
-        is_split=is_split,
+        is_split=config.decode_on == "cpu-nodes",
     )
 
 
@@ -444,8 +445,9 @@ def _resolve(config: LabelConfig, model: Model, listing: Listing, precision: str
 
 
 def _describe_task(
-    config: LabelConfig, folder: LocalFolder, lease: HeldLease, plan: Plan, model: Model, scaling: Scaling
+    config: LabelConfig, folder: Folder, lease: HeldLease, plan: Plan, model: Model, scaling: Scaling
 ) -> Task:
+    from pipeline.storage.bucket import read_environment
     from pipeline.worker import Task
 
     batch_size = config.batch_size
@@ -455,7 +457,7 @@ def _describe_task(
         folder=folder,
         fence=lease.fence,
         run_id=plan.run_id,
-        run_hash=plan.run_hash,
+        run_hashes=plan.run_hashes,
         preset=model.preset,
         precision=plan.resolved["precision"],
         exif=config.exif,
@@ -463,6 +465,8 @@ def _describe_task(
         top_k=config.top_k,
         batch_size=batch_size,
         retries=config.retries,
+        image_column=config.image_column,
+        environment=read_environment(),
     )
 
 
@@ -473,9 +477,9 @@ def _describe_task(
 def show(config: LabelConfig) -> int:
     """Print the top classes of each picture, found in this process and without Ray; returns the exit code."""
     config.check()
-    if folders := [path for path in config.inputs if os.path.isdir(path)]:
-        raise ConfigError(*(f"{path!r} is a folder: name an output for its labels with -o" for path in folders))
-    Inputs(config.inputs, selection=Selection())  # says which of them are missing
+    if others := [path for path in config.inputs if os.path.isdir(path) or find_file_kind(path) not in (None, "image")]:
+        raise ConfigError(*(f"{path!r} is no single image: name an output for its labels with -o" for path in others))
+    config.open_inputs()  # says which of them are missing
 
     from pipeline.picture import label_pictures
 
@@ -519,7 +523,7 @@ def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _describe_progress(account: Account, rate: Rate) -> str:
-    done, total = account.counts.num_images, account.plan.listing.num_images
+    done, total = account.counts.num_images, account.plan.num_images
     parts = [f"{done:,}/{total:,} images"]
     if speed := rate.images_per_s:
         parts += [
@@ -555,18 +559,17 @@ def _describe_result(result: LabelResult, config: LabelConfig) -> str:
 
 def _describe_dry_run(config: LabelConfig) -> str:
     """What a run would do: counts, shards, disk and time."""
-    inputs = _open_inputs(config)
-    num_images = num_unlisted = 0
-    for image in inputs.list_images():
-        num_images += 1
-        num_unlisted += image.error is not None
+    inputs = config.open_inputs(output=config.output, limit=config.limit)
+    summary = summarise(inputs.list_images(), retries=config.retries, image_column=config.image_column)
+    num_images, num_unread = summary.num_images, summary.num_errors
     size = config.shard_size
     if size == "auto":
         size = plans.find_shard_size(num_images, max_shard_size=_find_max_shard_size(config))
+    num_shards, largest = summary.count_shards(size)
     hours = [f"{format_seconds(num_images / speed)} at {speed:,} images/s" for speed in (100, 1_000)]
     lines = [
-        f"images  {num_images:,}" + (f", and {num_unlisted:,} folders that cannot be read" if num_unlisted else ""),
-        f"shards  {math.ceil(num_images / size):,} of up to {size:,} images",
+        f"images  {num_images:,}" + (f", {num_unread:,} of them entries that cannot be read" if num_unread else ""),
+        f"shards  {num_shards:,} of up to {largest:,} images",
         f"disk    about {num_images * (BYTES_PER_ROW + BYTES_PER_PREDICTION * config.top_k) / 1e6:,.1f} MB of labels",
         f"time    {', '.join(hours)}",
         *(f"skipped {count:,} {kind}" for kind, count in inputs.skipped.most_common()),

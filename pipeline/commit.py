@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,12 +19,14 @@ import pyarrow.parquet as pq
 
 from pipeline import schema
 from pipeline.plan import Shard
-from pipeline.storage import LocalFolder
+from pipeline.storage import Folder
 
 PREDICTIONS_DIR: Final = "predictions"
 _PART: Final = re.compile(r"part-(\d{6,})-([0-9a-f]{12})\.parquet")
 # Footers are small reads that mostly wait, on a shared file system above all.
 _FOOTER_THREADS: Final = 32
+# Holds nearly every footer, so that one read is enough.
+_FOOTER_BYTES: Final = 64 << 10
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Counts:
         self.failed.update(other.failed)
 
 
-def commit_part(folder: LocalFolder, shard: Shard, rows: pa.Table, *, run_hash: str) -> Counts:
+def commit_part(folder: Folder, shard: Shard, rows: pa.Table, *, run_hash: str) -> Counts:
     """Publish the rows of a shard; they must be all of its images, each once, in the order of the plan."""
     if rows.num_rows != shard.num_images:
         raise ValueError(
@@ -72,26 +74,25 @@ def part_name(shard_index: int, run_hash: str) -> str:
     return f"part-{shard_index:06d}-{run_hash}.parquet"
 
 
-def find_committed(folder: LocalFolder, shards: Iterable[Shard], *, run_hash: str) -> dict[int, Counts]:
+def find_committed(folder: Folder, shards: Iterable[Shard], *, run_hashes: Sequence[str]) -> dict[int, Counts]:
     """The committed shards by index, with their counts; a part that is damaged is deleted and so is not among them."""
     standing = set(folder.list_names(PREDICTIONS_DIR))
-    candidates = [shard for shard in shards if part_name(shard.index, run_hash) in standing]
+    candidates = [shard for shard in shards if part_name(shard.index, run_hashes[shard.segment]) in standing]
     with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
-        counts = list(threads.map(lambda shard: _read_counts(folder, shard, run_hash), candidates))
+        counts = list(threads.map(lambda shard: _read_counts(folder, shard, run_hashes[shard.segment]), candidates))
     for shard, found in zip(candidates, counts, strict=True):
         if found is None:
-            folder.delete(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hash)}")
+            folder.delete(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hashes[shard.segment])}")
     return {shard.index: found for shard, found in zip(candidates, counts, strict=True) if found is not None}
 
 
-def sweep_foreign(folder: LocalFolder, *, run_hash: str | None) -> int:
-    """Delete parts of other runs (of all runs, where `run_hash` is None) and unfinished files; says how many parts.
+def sweep_foreign(folder: Folder, *, run_hashes: Collection[str]) -> int:
+    """Delete parts of other runs, and unfinished files; says how many parts.
 
-    Files that nightshift did not name are left alone.
+    Without `run_hashes`, those are the parts of all runs. Files that nightshift did not name are left alone.
     """
-    foreign = [
-        name for name in folder.list_names(PREDICTIONS_DIR) if (part := _PART.fullmatch(name)) and part[2] != run_hash
-    ]
+    parts = filter(None, map(_PART.fullmatch, folder.list_names(PREDICTIONS_DIR)))
+    foreign = [part[0] for part in parts if part[2] not in run_hashes]
     for name in foreign:
         folder.delete(f"{PREDICTIONS_DIR}/{name}")
     folder.delete_tree(folder.scratch)
@@ -104,21 +105,27 @@ def _count(rows: pa.Table) -> Counts:
     return Counts(rows.num_rows - len(errors), failed)
 
 
-def _read_counts(folder: LocalFolder, shard: Shard, run_hash: str) -> Counts | None:
+def _read_counts(folder: Folder, shard: Shard, run_hash: str) -> Counts | None:
     """What a part's footer says, or None where it is no whole part of this shard and run.
 
     Raises OSError where it cannot be read just now, which says nothing about what it holds.
     """
+    tail = _read_tail(folder, f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hash)}")
     try:
-        footer = pq.read_metadata(folder.path(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hash)}"))
+        footer = pq.read_metadata(pa.BufferReader(tail))
         described = json.loads(footer.metadata[schema.META_COUNTS])
         counts = Counts(described["labelled"], Counter(described["failed"]))
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        return None  # from Parquet, about the content
-    except (pa.ArrowException, KeyError, TypeError, ValueError):
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):  # in memory, all of them tell of the content
         return None
     if footer.num_rows != shard.num_images or footer.metadata.get(schema.META_RUN_HASH) != run_hash.encode():
         return None
     return counts
+
+
+def _read_tail(folder: Folder, name: str) -> bytes:
+    """The end of a Parquet file, with its footer."""
+    with folder.open_read(name) as file:
+        size = file.size()
+        tail: bytes = file.read_at(_FOOTER_BYTES, max(size - _FOOTER_BYTES, 0))
+        needed = min(int.from_bytes(tail[-8:-4], "little") + 8, size)
+        return file.read_at(needed, size - needed) if needed > len(tail) else tail

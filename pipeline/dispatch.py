@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 from pipeline.cluster import CONCURRENT_SHARDS, Scaling
 from pipeline.errors import WorkerError
 from pipeline.models import Model
-from pipeline.plan import MAX_SPLIT_SHARD_SIZE, Shard
+from pipeline.plan import Shard
 from pipeline.worker import DecodedBatch, Decoder, Done, DroppedShard, ImageRow, Labeller, Task
 
 # Ray Data takes 6 seconds and 28 MB for 10,000 blocks before the first one starts.
@@ -78,15 +78,15 @@ def _run_window(task: Task, model: Any, shards: list[Shard], scaling: Scaling) -
     compose = _split if scaling.num_decoders else _fused
     scaling = scaling.limited_to(len(shards))
     try:
-        dataset = compose(_open_dataset(shards), task, model, scaling)
+        dataset = compose(shards, task, model, scaling)
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
             yield from map(pickle.loads, batch["outcome"])
     except RayError as error:
         raise WorkerError(f"workers cannot go on: {_find_cause(error)}") from error
 
 
-def _fused(shards: Dataset, task: Task, model: Any, scaling: Scaling) -> Dataset:
-    return shards.map_batches(
+def _fused(shards: list[Shard], task: Task, model: Any, scaling: Scaling) -> Dataset:
+    return _open_dataset(shards).map_batches(
         _FusedWorker,
         batch_size=None,
         fn_constructor_args=(task, model, scaling),
@@ -95,11 +95,12 @@ def _fused(shards: Dataset, task: Task, model: Any, scaling: Scaling) -> Dataset
     )
 
 
-def _split(shards: Dataset, task: Task, model: Any, scaling: Scaling) -> Dataset:
+def _split(shards: list[Shard], task: Task, model: Any, scaling: Scaling) -> Dataset:
+    dataset = _open_dataset(shards)
     # Twice what the pixels of a shard take: they must stay one block.
-    shards.context.target_max_block_size = 2 * MAX_SPLIT_SHARD_SIZE * 3 * task.preset.crop**2
+    dataset.context.target_max_block_size = 2 * max(shard.num_images for shard in shards) * 3 * task.preset.crop**2
     # Two different classes of actors: Ray fuses a task into the actors behind it, but not actors into actors.
-    return shards.map_batches(
+    return dataset.map_batches(
         _DecodeWorker,
         batch_size=None,
         fn_constructor_args=(task,),

@@ -8,6 +8,7 @@ PipelineError                  1   the run failed or was stopped early
 │   ├── OutputError            2   the output folder cannot be used for this run
 │   └── LeaseHeldError         2   another run is working on the same output
 ├── ClusterError               4   no Ray cluster can be reached or started
+├── StorageError               1   a store refuses, after all retries, or cannot be reached
 ├── WorkerError                1   workers cannot start, or fail on one shard after the other
 ├── InterruptedRunError  130/143   Ctrl-C or SIGTERM
 └── ImageError                     one image; becomes a failed row and never ends a run
@@ -58,6 +59,10 @@ class ClusterError(PipelineError):
     """No Ray cluster can be reached at the address given, or none can be started here."""
 
     exit_code = 4
+
+
+class StorageError(PipelineError):
+    """A file system or object store refuses after all retries, so that nobody can tell what it holds."""
 
 
 class WorkerError(PipelineError):

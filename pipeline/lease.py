@@ -9,7 +9,6 @@ small, not zero: parts of another run are therefore also told by their names, an
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -23,7 +22,7 @@ from typing import Final, Literal
 import psutil
 
 from pipeline.errors import LeaseHeldError
-from pipeline.storage import LocalFolder
+from pipeline.storage import Folder
 
 LEASE: Final = "_nightshift/lease"
 HEARTBEAT_S: Final = 10
@@ -63,7 +62,7 @@ class Lease:
             return False
 
 
-def read_lease(folder: LocalFolder) -> Lease | None:
+def read_lease(folder: Folder) -> Lease | None:
     """The lease as it stands, or None where there was never one."""
     try:
         return Lease(**json.loads(folder.read(LEASE)))
@@ -75,7 +74,7 @@ def read_lease(folder: LocalFolder) -> Lease | None:
 class Fence:
     """What a worker knows of the lease: whether the run it works for may still publish."""
 
-    folder: LocalFolder
+    folder: Folder
     token: str
 
     @property
@@ -87,7 +86,7 @@ class Fence:
 class HeldLease:
     """The lease in the hands of the driver, renewed until it is released."""
 
-    def __init__(self, folder: LocalFolder, lease: Lease) -> None:
+    def __init__(self, folder: Folder, lease: Lease) -> None:
         self._folder = folder
         self._lease = lease
         self._guard = threading.Lock()
@@ -119,7 +118,7 @@ class HeldLease:
         self._write("released")
 
     def _write(self, state: State) -> None:
-        with self._guard, _critical_section(self._folder):
+        with self._guard, self._folder.exclude_others(LEASE):
             current = read_lease(self._folder)
             if current is None or current.token == self._lease.token:
                 self._lease = replace(self._lease, state=state, heartbeat=time.time())
@@ -127,17 +126,17 @@ class HeldLease:
 
 
 @contextlib.contextmanager
-def hold_lease(folder: LocalFolder) -> Iterator[HeldLease]:
+def hold_lease(folder: Folder) -> Iterator[HeldLease]:
     """Take the lease for the length of a block.
 
     Raises LeaseHeldError, which names the holder, where another run is at work. The first run has epoch 0.
     """
-    with _critical_section(folder):
+    with folder.exclude_others(LEASE):
         current = read_lease(folder)
         if current is not None and current.is_live:
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(current.since))
             raise LeaseHeldError(
-                f"{str(folder.root)!r} is in use by another run: "
+                f"{folder.locate()!r} is in use by another run: "
                 f"process {current.pid} on host {current.host}, since {since}"
             )
         now = time.time()
@@ -159,15 +158,5 @@ def hold_lease(folder: LocalFolder) -> Iterator[HeldLease]:
         held.release()
 
 
-def _write(folder: LocalFolder, lease: Lease) -> None:
+def _write(folder: Folder, lease: Lease) -> None:
     folder.put(LEASE, json.dumps(asdict(lease)).encode())
-
-
-@contextlib.contextmanager
-def _critical_section(folder: LocalFolder) -> Iterator[None]:
-    """Two runs that start at the same moment look and write one after the other."""
-    path = folder.path(f"{LEASE}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from pipeline.decode import Exif, decode
 from pipeline.errors import ImageError
+from pipeline.fetch import Fetcher
 from pipeline.models import Model
 from pipeline.predict import Precision, Predictor
-from pipeline.storage import path_to_uri, read_image
+from pipeline.sources import ListedImage
+from pipeline.storage import normalise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +38,10 @@ def label_pictures(
 ) -> Iterator[LabelledPicture]:
     """Label the files at `paths` in their order, on the CPU."""
     predictor = Predictor(model, precision=precision, top_k=top_k)
+    fetcher = Fetcher(retries=retries)
     for path in paths:
         try:
-            content, _ = read_image(path_to_uri(path), retries=retries)
+            content, _ = fetcher.read(ListedImage(normalise(path)))
             pixels = model.preset.exact(decode(content, exif=exif, max_pixels=max_pixels))
         except ImageError as error:
             yield LabelledPicture(file=path, error=str(error))

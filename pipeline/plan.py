@@ -1,8 +1,9 @@
 """The plan: the frozen list of all images of a run, cut into shards, on disk before any work is done.
 
-    _nightshift/plan/images-00000.parquet …   one row an image, `ROWS_PER_FILE` rows a file
-    _nightshift/plan/shards.parquet           one row a shard
-    _nightshift/plan/plan.json                the seal, written last: without it there is no plan
+    _nightshift/plan/segment-000/images-00000.parquet …   one row an image, `ROWS_PER_FILE` rows a file
+    _nightshift/plan/segment-000/shards.parquet           one row a shard
+    _nightshift/plan/segment-001/…                        what an update found to be new
+    _nightshift/plan/plan.json                            the seal, written last: what it does not name is no plan
 
 Listing streams to disk, so the memory it takes does not grow with the archive; a worker reads only the rows of
 its shard. The hash covers every row and every shard border, and not how Parquet happens to encode them.
@@ -15,27 +16,32 @@ import json
 import math
 import secrets
 import time
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, pairwise
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema
+from pipeline.errors import OutputError
 from pipeline.sources import ListedImage
-from pipeline.storage import LocalFolder
+from pipeline.storage import Folder
+from pipeline.storage.uri import container_of
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 PLAN_DIR: Final = "_nightshift/plan"
 SEAL: Final = f"{PLAN_DIR}/plan.json"
-SHARDS: Final = f"{PLAN_DIR}/shards.parquet"
 
 MIN_SHARD_SIZE: Final = 64
 MAX_SHARD_SIZE: Final = 4096
 # What can be sent between nodes as pixels, in one block of Ray Data.
 MAX_SPLIT_SHARD_SIZE: Final = 512
+# The same for a unit that cannot be divided: 300 MB of pixels at 224 x 224.
+MAX_SPLIT_IMAGES: Final = 2048
 # About this many shards are wanted: enough to spread over a cluster and to lose little when one is redone.
 _WANTED_SHARDS: Final = 512
 # A shard of a usual size lies within one row group, so reading one does not decode another's rows.
@@ -49,17 +55,22 @@ class Shard:
     """A deterministic slice of the plan: the unit of reading, committing and resuming."""
 
     index: int
+    """In the whole plan."""
     first: int
+    """Its first image, in its segment."""
     num_images: int
+    segment: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
-    """What listing found; not yet a plan, since nothing is sealed."""
+    """What listing found: one segment of a plan, or not yet a plan, since nothing is sealed."""
 
     num_images: int
     num_shards: int
     shard_size: int
+    """Images of a usual shard; one that holds a unit which may not be split can have more."""
+    max_shard_images: int
     hash: str
 
 
@@ -70,7 +81,8 @@ class Plan:
     run_id: str
     epoch: int
     """How often the folder was overwritten."""
-    listing: Listing
+    segments: tuple[Listing, ...]
+    """What was listed at first, and by each update after it."""
     given: dict[str, Any]
     """The settings as the user gave them."""
     resolved: dict[str, Any]
@@ -78,9 +90,28 @@ class Plan:
     format: int = FORMAT
 
     @property
-    def run_hash(self) -> str:
-        """Names every part of this run: of the listing, the resolved settings and the epoch, and of nothing else."""
-        identity = json.dumps([self.format, self.listing.hash, self.resolved, self.epoch], sort_keys=True)
+    def num_images(self) -> int:
+        return sum(segment.num_images for segment in self.segments)
+
+    @property
+    def num_shards(self) -> int:
+        return sum(segment.num_shards for segment in self.segments)
+
+    @property
+    def max_shard_images(self) -> int:
+        """Images of the largest shard."""
+        return max(segment.max_shard_images for segment in self.segments)
+
+    @property
+    def run_hashes(self) -> tuple[str, ...]:
+        """Name every part of this run, those of each segment by the listing, the resolved settings and the epoch.
+
+        Nothing else goes into them, so a later segment leaves the parts of earlier ones valid.
+        """
+        return tuple(map(self._hash, self.segments))
+
+    def _hash(self, segment: Listing) -> str:
+        identity = json.dumps([self.format, segment.hash, self.resolved, self.epoch], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
@@ -89,45 +120,92 @@ class Plan:
 
 
 def write_listing(
-    folder: LocalFolder,
+    folder: Folder,
     images: Iterable[ListedImage],
     *,
+    segment: int = 0,
     shard_size: int | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Listing:
     """Stream `images` to disk and cut them into shards; without a `shard_size`, it follows from their number alone."""
-    folder.delete_tree(PLAN_DIR)
+    folder.delete_tree(_segment_dir(segment))
     digest = hashlib.sha256()
     num_images = 0
+    units = Units()
     images = iter(images)
     for number, head in enumerate(iter(lambda: list(islice(images, _ROWS_PER_GROUP)), [])):
-        with folder.open_write(_images_name(number)) as file, _open_writer(file) as writer:
+        with folder.open_write(_images_name(segment, number)) as file, _open_writer(file) as writer:
             for rows in _groups(head, images):
-                for column in zip(*rows, strict=True):
-                    # No cell holds a NUL byte: file systems and Parquet strings from them have none.
-                    digest.update("\0".join("" if cell is None else cell for cell in column).encode())
-                    digest.update(b"\0\0")
-                writer.write_batch(_to_batch(rows))
+                units.add(rows, first=num_images)
+                columns = list(zip(*rows, strict=True))
+                digest.update(repr(columns).encode())  # says where each cell ends, and tells none from an empty one
+                writer.write_batch(_to_batch(columns))
                 num_images += len(rows)
 
     size = shard_size or find_shard_size(num_images, max_shard_size=max_shard_size)
-    firsts = range(0, num_images, size)
-    digest.update(f"{num_images} {size}".encode())
-    with folder.open_write(SHARDS) as file:
-        counts = [min(size, num_images - first) for first in firsts]
-        pq.write_table(pa.table([list(firsts), counts], schema=schema.SHARDS), file)
-    return Listing(num_images=num_images, num_shards=len(firsts), shard_size=size, hash=digest.hexdigest())
+    borders = list(units.cut(num_images, size))
+    digest.update(repr(borders).encode())
+    counts = [end - first for first, end in pairwise(borders)]
+    with folder.open_write(_shards_name(segment)) as file:
+        pq.write_table(pa.table([borders[:-1], counts], schema=schema.SHARDS), file)
+    return Listing(
+        num_images=num_images,
+        num_shards=len(counts),
+        shard_size=size,
+        max_shard_images=max(counts, default=0),
+        hash=digest.hexdigest(),
+    )
 
 
-def seal_plan(
-    folder: LocalFolder, listing: Listing, *, given: dict[str, Any], resolved: dict[str, Any], epoch: int
-) -> Plan:
+def seal_plan(folder: Folder, listing: Listing, *, given: dict[str, Any], resolved: dict[str, Any], epoch: int) -> Plan:
     """Freeze a listing together with its settings; from here on the run has an id."""
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    plan = Plan(run_id=run_id, epoch=epoch, listing=listing, given=given, resolved=resolved)
+    return _seal(folder, Plan(run_id=run_id, epoch=epoch, segments=(listing,), given=given, resolved=resolved))
+
+
+def extend_plan(folder: Folder, plan: Plan, listing: Listing) -> Plan:
+    """Freeze a listing of new images, written as the next segment, into a plan that is sealed already."""
+    return _seal(folder, replace(plan, segments=(*plan.segments, listing)))
+
+
+def _seal(folder: Folder, plan: Plan) -> Plan:
     folder.put(SEAL, json.dumps(asdict(plan), indent=1).encode())
     # Read back, so that a first run and its resumption see the same values (JSON has no tuples).
     return load_plan(folder) or plan
+
+
+class Units:
+    """Where shards may not begin: within images that are read in one pass."""
+
+    def __init__(self) -> None:
+        self._firsts = array("q")
+        self._ends = array("q")
+        self._last: tuple[str, int] | None = None
+
+    def add(self, rows: list[ListedImage], *, first: int) -> None:
+        for row, image in enumerate(rows, first):
+            if image.unit is None:
+                self._last = None
+                continue
+            unit = (container_of(image.uri), image.unit)
+            if unit == self._last:
+                self._ends[-1] = row + 1
+            else:
+                self._firsts.append(row)
+                self._ends.append(row + 1)
+                self._last = unit
+
+    def cut(self, num_images: int, size: int) -> Iterator[int]:
+        """The borders of shards of `size` images, or less before a unit that does not fit, or one larger unit."""
+        border = 0
+        while border < num_images:
+            yield border
+            end = min(border + size, num_images)
+            number = bisect_left(self._firsts, end) - 1
+            if number >= 0 and self._ends[number] > end:  # it begins before the end, and goes on behind it
+                end = self._firsts[number] if self._firsts[number] > border else self._ends[number]
+            border = end
+        yield num_images
 
 
 def find_shard_size(num_images: int, *, max_shard_size: int = MAX_SHARD_SIZE) -> int:
@@ -146,9 +224,9 @@ def _groups(head: list[ListedImage], images: Iterator[ListedImage]) -> Iterator[
             yield rows
 
 
-def _to_batch(rows: list[ListedImage]) -> pa.RecordBatch:
-    columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-    return pa.RecordBatch.from_arrays(columns, schema=schema.PLAN)
+def _to_batch(columns: list[tuple[Any, ...]]) -> pa.RecordBatch:
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema.PLAN, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema.PLAN)
 
 
 def _open_writer(file: Any) -> pq.ParquetWriter:
@@ -157,46 +235,75 @@ def _open_writer(file: Any) -> pq.ParquetWriter:
         file,
         schema.PLAN,
         compression="zstd",
-        use_dictionary=["target", "error"],
-        column_encoding={"uri": "DELTA_BYTE_ARRAY"},
+        use_dictionary=["target", "error", "unit"],
+        column_encoding={"uri": "DELTA_BYTE_ARRAY", "offset": "DELTA_BINARY_PACKED", "size": "DELTA_BINARY_PACKED"},
         write_statistics=False,
     )
 
 
-def _images_name(number: int) -> str:
-    return f"{PLAN_DIR}/images-{number:05d}.parquet"
+def _segment_dir(segment: int) -> str:
+    return f"{PLAN_DIR}/segment-{segment:03d}"
+
+
+def _images_name(segment: int, number: int) -> str:
+    return f"{_segment_dir(segment)}/images-{number:05d}.parquet"
+
+
+def _shards_name(segment: int) -> str:
+    return f"{_segment_dir(segment)}/shards.parquet"
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading a plan
 
 
-def load_plan(folder: LocalFolder) -> Plan | None:
-    """The sealed plan in `folder`, or None where there is none."""
+def load_plan(folder: Folder) -> Plan | None:
+    """The sealed plan in `folder`, or None where there is none; raises OutputError where it is of another version."""
     try:
         fields = json.loads(folder.read(SEAL))
     except FileNotFoundError:
         return None
-    return Plan(**{**fields, "listing": Listing(**fields["listing"])})
+    if (found := fields.get("format")) != FORMAT:
+        raise OutputError(
+            f"{folder.locate()!r} holds a plan of format {found}, and this nightshift knows {FORMAT}: continue it "
+            f"with the version that made it, or name another output"
+        )
+    return Plan(**{**fields, "segments": tuple(Listing(**listing) for listing in fields["segments"])})
 
 
-def read_shards(folder: LocalFolder) -> list[Shard]:
+def read_shards(folder: Folder, plan: Plan) -> list[Shard]:
     """All shards of the plan, in the order of the images."""
-    table = pq.read_table(folder.path(SHARDS))
-    columns = (table.column(name).to_pylist() for name in ("first", "num_images"))
-    return [Shard(index, *borders) for index, borders in enumerate(zip(*columns, strict=True))]
+    shards: list[Shard] = []
+    for segment in range(len(plan.segments)):
+        with folder.open_read(_shards_name(segment)) as file:
+            table = pq.read_table(file)
+        columns = (table.column(name).to_pylist() for name in ("first", "num_images"))
+        for first, num_images in zip(*columns, strict=True):
+            shards.append(Shard(len(shards), first, num_images, segment))
+    return shards
 
 
-def read_images(folder: LocalFolder, shard: Shard) -> list[ListedImage]:
-    """The images of one shard, in the order of the plan."""
+def read_images(folder: Folder, shard: Shard) -> list[ListedImage]:
+    """The images of one shard, in the order of the plan; raises OutputError where the plan was replaced by another."""
     images: list[ListedImage] = []
     while len(images) < shard.num_images:
         number, row = divmod(shard.first + len(images), ROWS_PER_FILE)
         group, offset = divmod(row, _ROWS_PER_GROUP)
-        with pq.ParquetFile(folder.path(_images_name(number))) as file:
+        with folder.open_read(_images_name(shard.segment, number)) as source, pq.ParquetFile(source) as file:
             rows = file.read_row_group(group).slice(offset, shard.num_images - len(images))
+        if not rows.num_rows:  # a left-over worker of a run that was overwritten must not search for ever
+            raise OutputError(f"the plan in {folder.locate()!r} has no image {shard.first + len(images):,} any more")
         images += map(ListedImage, *(column.to_pylist() for column in rows.columns))
     return images
+
+
+def read_uris(folder: Folder, plan: Plan) -> Iterator[str]:
+    """The URIs of all images, in their order, a row group at a time."""
+    for segment, listing in enumerate(plan.segments):
+        for number in range(-(-listing.num_images // ROWS_PER_FILE)):
+            with folder.open_read(_images_name(segment, number)) as source, pq.ParquetFile(source) as file:
+                for batch in file.iter_batches(_ROWS_PER_GROUP, columns=["uri"]):
+                    yield from batch.column(0).to_pylist()
 
 
 def stride_order(shards: list[Shard]) -> Iterator[Shard]:

@@ -15,24 +15,40 @@ import os
 import platform
 import signal
 import socket
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from pipeline.commit import Counts, sweep_foreign
 from pipeline.errors import InterruptedRunError, OutputError
 from pipeline.lease import HEARTBEAT_S, HeldLease
 from pipeline.plan import PLAN_DIR, Plan
-from pipeline.storage import LocalFolder, has_scheme
+from pipeline.storage import (
+    Folder,
+    LocalFolder,
+    describe,
+    has_scheme,
+    normalise,
+    open_folder,
+    open_store,
+    retry,
+    split_key,
+)
 
 RUN: Final = "run.json"
 SUCCESS: Final = "_SUCCESS"
+# Where a file appears whole or not at all.
+OUTPUT_SCHEMES: Final = ("s3", "gs", "az", "abfs", "file")
 STATE_DIR: Final = "_nightshift"
 SCRATCH_DIR: Final = f"{STATE_DIR}/tmp"
 DRIVER_LOG: Final = f"{STATE_DIR}/logs/driver.log"
 REFRESH_S: Final = 30
+FIRST_RETRIES: Final = 2
 
 State = Literal["running", "done", "stopped", "failed", "too many failures"]
 Settings = dict[str, Any]
@@ -44,22 +60,54 @@ _VERSIONED: Final = ("nightshift-runner", "torch", "torchvision", "ray", "pyarro
 # The folder
 
 
-def open_run_folder(output: str) -> LocalFolder:
+def open_run_folder(output: str) -> Folder:
     """The folder at `output`, which may not exist yet; raises OutputError where it is something else than a run."""
-    if has_scheme(output):
-        raise OutputError(f"cannot write to {output!r}: an output is a folder on a local or shared file system")
-    folder = LocalFolder(os.path.abspath(output), scratch=SCRATCH_DIR)
-    there = next(path for path in (folder.root, *folder.root.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        what = "a file" if there.exists() else "a link that leads nowhere"
-        raise OutputError(f"output {output!r} cannot be a folder: {str(there)!r} is {what}")
-    if there == folder.root:
-        if not folder.exists(STATE_DIR) and any(folder.root.iterdir()):
-            raise OutputError(f"output {output!r} is not empty and no nightshift run; name a new folder")
+    scheme = output.partition("://")[0].lower()
+    if has_scheme(output) and scheme not in OUTPUT_SCHEMES:
+        known = ", ".join(f"{name}://" for name in OUTPUT_SCHEMES)
+        raise OutputError(f"cannot write to {output!r}: an output is a folder on a file system, or one of {known}")
+    folder = open_folder(normalise(output), scratch=SCRATCH_DIR)
+    if isinstance(folder, LocalFolder):
+        there = next(path for path in (folder.root, *folder.root.parents) if os.path.lexists(path))
+        if not there.is_dir():
+            what = "a file" if there.exists() else "a link that leads nowhere"
+            raise OutputError(f"output {output!r} cannot be a folder: {str(there)!r} is {what}")
+    else:
+        _check_reachable(folder, output)
+    if not folder.exists(STATE_DIR) and not folder.is_empty():
+        raise OutputError(f"output {output!r} is not empty and no nightshift run; name a new folder")
     return folder
 
 
-def find_finished(folder: LocalFolder) -> dict[str, Any] | None:
+def _check_reachable(folder: Folder, output: str) -> None:
+    """Raise OutputError where a bucket cannot be used, before the patience that a run in full swing has with it."""
+    root = folder.locate()
+    bucket = "{}://{}".format(*split_key(root))
+    store = open_store(root)
+    try:
+        has_bucket = retry(lambda: store.find_kind(root) or store.find_kind(bucket), retries=FIRST_RETRIES)[0]
+    except OSError as error:
+        raise OutputError(f"cannot use output {output!r}: {': '.join(describe(error))}") from error
+    if not has_bucket:
+        raise OutputError(f"cannot use output {output!r}: there is no {bucket}")
+
+
+@contextlib.contextmanager
+def open_log(folder: Folder) -> Iterator[Path]:
+    """A local file that becomes the driver's log in `folder`."""
+    if isinstance(folder, LocalFolder):
+        yield folder.path(DRIVER_LOG)
+        return
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as directory:
+        log = Path(directory, "driver.log")
+        try:
+            yield log
+        finally:
+            with contextlib.suppress(OSError):  # what ended the run matters more
+                folder.put(DRIVER_LOG, log.read_bytes())
+
+
+def find_finished(folder: Folder) -> dict[str, Any] | None:
     """The account of a run that is complete, or None where there is still something to do."""
     if not folder.exists(SUCCESS):
         return None
@@ -70,14 +118,14 @@ def find_finished(folder: LocalFolder) -> dict[str, Any] | None:
     return account
 
 
-def clear_run(folder: LocalFolder) -> None:
+def clear_run(folder: Folder) -> None:
     """Delete what an earlier run left here, and nothing else.
 
     The plan goes last: as long as it stands, with an epoch before that of the lease, this is known to be unfinished.
     """
     folder.delete(SUCCESS)
     folder.delete(RUN)
-    sweep_foreign(folder, run_hash=None)
+    sweep_foreign(folder, run_hashes=())
     folder.delete_tree(PLAN_DIR)
 
 
@@ -105,7 +153,9 @@ def refuse_changes(given: Settings, *, stored_given: Settings, stored_resolved: 
 
 
 def _show(value: Any) -> str:
-    return " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return "(none)" if value in (None, "") else str(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,7 +165,7 @@ def _show(value: Any) -> str:
 class Account:
     """What run.json says; counted in the driver's main thread, written from wherever it is time to."""
 
-    def __init__(self, folder: LocalFolder, plan: Plan, committed: dict[int, Counts], *, started: float) -> None:
+    def __init__(self, folder: Folder, plan: Plan, committed: dict[int, Counts], *, started: float) -> None:
         """Start from what earlier invocations have committed; `started` is in seconds since 1970."""
         self._folder = folder
         self._guard = threading.Lock()
@@ -146,7 +196,7 @@ class Account:
 
     @property
     def failure_rate(self) -> float:
-        return self.counts.num_failed / max(self.plan.listing.num_images, 1)
+        return self.counts.num_failed / max(self.plan.num_images, 1)
 
     def write(self, state: State | None = None) -> dict[str, Any]:
         """Write run.json, atomically, and return what it says."""
@@ -164,7 +214,7 @@ class Account:
             "run_id": self.plan.run_id,
             "state": self._state,
             "counts": {
-                "listed": self.plan.listing.num_images,
+                "listed": self.plan.num_images,
                 "labelled": self.counts.labelled,
                 "failed": self.counts.num_failed,
             },
@@ -177,11 +227,12 @@ class Account:
             "model": _describe_model(self.plan.resolved),
             "config": {"given": self.plan.given, "resolved": self.plan.resolved},
             "plan": {
-                "hash": self.plan.listing.hash,
-                "run_hash": self.plan.run_hash,
                 "epoch": self.plan.epoch,
-                "shards": self.plan.listing.num_shards,
-                "shard_size": self.plan.listing.shard_size,
+                "shards": self.plan.num_shards,
+                "segments": [
+                    {**asdict(segment), "run_hash": run_hash}
+                    for segment, run_hash in zip(self.plan.segments, self.plan.run_hashes, strict=True)
+                ],
             },
             "cluster": self.cluster,
             "versions": {"python": platform.python_version(), **{n: _find_version(n) for n in _VERSIONED}},
@@ -230,7 +281,7 @@ def keep_account(account: Account, lease: HeldLease, *, max_in_work: int) -> Ite
         state = "running"
     except KeyboardInterrupt as interrupt:
         state = "stopped"
-        done, listed = account.counts.num_images, account.plan.listing.num_images
+        done, listed = account.counts.num_images, account.plan.num_images
         raise InterruptedRunError(
             f"stopped: {done:,} of {listed:,} images are done and kept, up to {min(max_in_work, listed - done):,} that "
             f"were in work will be redone; the same command continues",
@@ -249,7 +300,7 @@ def _describe_model(resolved: Settings) -> dict[str, Any]:
     return {"name": resolved["model"], "weights": resolved["weights"], **resolved["fixed"], "preset": preset}
 
 
-def _read_invocations(folder: LocalFolder, run_id: str) -> list[dict[str, Any]]:
+def _read_invocations(folder: Folder, run_id: str) -> list[dict[str, Any]]:
     try:
         account = json.loads(folder.read(RUN))
     except (FileNotFoundError, ValueError):

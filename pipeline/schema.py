@@ -16,10 +16,13 @@ PLAN: Final = pa.schema(
         pa.field("uri", pa.string(), nullable=False),
         pa.field("target", pa.string()),
         pa.field("error", pa.string()),  # set where the entry stands for a container that could not be listed
+        pa.field("offset", pa.int64()),  # in the archive that the image is a member of
+        pa.field("size", pa.int64()),
+        pa.field("unit", pa.int32()),  # equal for neighbours that are read in one pass
     ]
 )
 
-# One row a shard: the images [first, first + num_images) of the plan.
+# One row a shard: the images [first, first + num_images) of a segment of the plan.
 SHARDS: Final = pa.schema(
     [
         pa.field("first", pa.int64(), nullable=False),

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import math
 import os
 import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TextIO
+from typing import Final, Self, TextIO, TypeVar
+
+Item = TypeVar("Item")
 
 REDRAW_S: Final = 0.2
 PLAIN_LINE_S: Final = 30.0
@@ -53,6 +56,14 @@ class Progress:
     def show(self, describe: str | Callable[[], str]) -> None:
         """What the line says from now on: a text, or a function that gives the text of the moment."""
         self._describe = describe if callable(describe) else lambda: describe
+
+    def count(self, items: Iterable[Item], text: str) -> Iterator[Item]:
+        """Pass `items` on, while the line shows how many there were, in place of the `{}` in `text`."""
+        number = 0
+        self.show(lambda: text.format(number))
+        for item in items:
+            number += 1
+            yield item
 
     def notice(self, text: str) -> None:
         """A line that stays."""
@@ -167,6 +178,21 @@ def format_seconds(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{minutes} min {rest:02d} s" if hours == 0 else f"{hours:,} h {minutes:02d} min"
+
+
+def format_bytes(count: int) -> str:
+    """`740 bytes`, `6.3 MB` or `1.2 TB`."""
+    exponent = min(int(math.log(max(count, 1), 1_000)), 4)
+    return (
+        f"{count / 1_000**exponent:,.1f} {('bytes', 'kB', 'MB', 'GB', 'TB')[exponent]}"
+        if exponent
+        else f"{count} bytes"
+    )
+
+
+def escape_controls(text: str) -> str:
+    """`text` without what would move the cursor, colour the terminal or break the line: names may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def quote_for_shell(text: str) -> str:

@@ -6,12 +6,14 @@ with uint8 pixels between them (split). Both ways the same functions run on the 
 
 from __future__ import annotations
 
+import math
+import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
@@ -24,26 +26,30 @@ from pipeline import schema
 from pipeline.commit import Counts, commit_part
 from pipeline.decode import Exif, decode
 from pipeline.errors import DecodeError, ReadError
+from pipeline.fetch import Fetch, Fetcher
 from pipeline.lease import Fence
 from pipeline.models import Model
 from pipeline.plan import Shard, read_images
 from pipeline.predict import Precision, Predictor, TopK
 from pipeline.presets import Preset
 from pipeline.sources import ListedImage
-from pipeline.storage import LocalFolder, read_image
+from pipeline.storage import Folder
 
 # Batches that are being decoded while the model works on one.
 _BATCHES_AHEAD: Final = 2
+# A look at the lease between batches is a request where the run's folder is a bucket's.
+_LOOK_S: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """What all workers of a run are told; small, and the same for every shard."""
 
-    folder: LocalFolder
+    folder: Folder
     fence: Fence
     run_id: str
-    run_hash: str
+    run_hashes: tuple[str, ...]
+    """Of each segment of the plan."""
     preset: Preset
     precision: Precision
     exif: Exif
@@ -51,6 +57,14 @@ class Task:
     top_k: int
     batch_size: int
     retries: int
+    image_column: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Where object stores are, as the driver knows it; what a worker's own environment says goes first."""
+
+    def prepare_process(self) -> None:
+        """Let this process find the same object stores as the driver."""
+        for name, value in self.environment.items():
+            os.environ.setdefault(name, value)
 
 
 @dataclass(slots=True)
@@ -99,17 +113,19 @@ class Decoder:
     """Fetches and decodes images with its own threads, a bounded number of batches ahead."""
 
     def __init__(self, task: Task, *, num_threads: int) -> None:
+        task.prepare_process()
         self.task = task
+        self._fetcher = Fetcher(retries=task.retries, image_column=task.image_column)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def decode(self, shard: Shard) -> Iterator[DecodedBatch]:
         """The images of `shard` in the order of the plan, in batches."""
-        images = iter(read_images(self.task.folder, shard))
+        fetches = self._fetcher.fetch(read_images(self.task.folder, shard))
         ahead: deque[Future[tuple[ImageRow, Tensor | None]]] = deque()
         window = self.task.batch_size * (1 + _BATCHES_AHEAD)
         try:
             while True:
-                ahead += [self._threads.submit(self._open, image) for image in islice(images, window - len(ahead))]
+                ahead += [self._threads.submit(self._open, *fetch) for fetch in islice(fetches, window - len(ahead))]
                 if not ahead:
                     return
                 done = [ahead.popleft().result() for _ in range(min(self.task.batch_size, len(ahead)))]
@@ -119,13 +135,13 @@ class Decoder:
             for future in ahead:
                 future.cancel()
 
-    def _open(self, image: ListedImage) -> tuple[ImageRow, Tensor | None]:
+    def _open(self, image: ListedImage, fetch: Fetch) -> tuple[ImageRow, Tensor | None]:
         row = ImageRow(image.uri, image.target)
         if image.error is not None:
             row.fail("list", image.error)
             return row, None
         try:
-            content, row.attempts = read_image(image.uri, retries=self.task.retries)
+            content, row.attempts = fetch()
             row.size_bytes = len(content)
             picture = decode(content, exif=self.task.exif, max_pixels=self.task.max_pixels)
             row.width, row.height = picture.size
@@ -146,19 +162,23 @@ class Labeller:
 
     def __init__(self, task: Task, model: Model, *, device: str, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
+        task.prepare_process()
         self.task = task
         self.model = model
         self.predictor = Predictor(model, device=device, precision=task.precision, top_k=task.top_k)
         self._ready_at = time.time()
+        self._looked_at = -math.inf
 
     def label(self, shard: Shard, batches: Iterable[DecodedBatch]) -> Done:
         """Predict and commit; raises DroppedShard where the run may not publish any more."""
         tables = []
         for batch in batches:
-            self._check_fence()
+            if time.monotonic() - self._looked_at > _LOOK_S:
+                self._check_fence()
             tables.append(self._predict(batch))
         self._check_fence()
-        counts = commit_part(self.task.folder, shard, pa.concat_tables(tables), run_hash=self.task.run_hash)
+        run_hash = self.task.run_hashes[shard.segment]
+        counts = commit_part(self.task.folder, shard, pa.concat_tables(tables), run_hash=run_hash)
         return Done(
             shard=shard.index,
             counts=counts,
@@ -170,6 +190,7 @@ class Labeller:
     def _check_fence(self) -> None:
         if not self.task.fence.is_open:
             raise DroppedShard
+        self._looked_at = time.monotonic()
 
     def _predict(self, batch: DecodedBatch) -> pa.Table:
         best = self.predictor(batch.pixels) if len(batch.pixels) else _no_predictions(self.task.top_k)

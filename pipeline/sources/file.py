@@ -1,23 +1,28 @@
-"""A single image file, given by name."""
+"""A single image, given by name."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 
-from pipeline.sources.base import ListedImage
-from pipeline.sources.folder import read_target
-from pipeline.storage import path_to_uri
+from pipeline.sources.base import ListedImage, ListingOptions
+from pipeline.sources.tree import find_folder_target
+from pipeline.storage import uri_to_path
 
 
 class FileSource:
     """One file that the user named: it takes part whatever its suffix says."""
 
-    def __init__(self, path: str, *, target: str) -> None:
-        self.path = path
-        self.target = read_target(os.path.dirname(path)) if target == "folder" else None
+    pattern = None
+    is_folder = False
+    may_repeat = False
+
+    def __init__(self, uri: str, *, options: ListingOptions) -> None:
+        self.uri = uri
+        self.options = options
         self.skipped: Counter[str] = Counter()
 
     def list_images(self) -> Iterator[ListedImage]:
-        yield ListedImage(path_to_uri(self.path), self.target)
+        yield ListedImage(
+            self.uri, find_folder_target(uri_to_path(self.uri)) if self.options.target == "folder" else None
+        )

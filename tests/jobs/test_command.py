@@ -51,7 +51,7 @@ def test_picture_that_cannot_be_decoded_does_not_hide_the_others(nightshift, tin
 def test_folder_without_an_output_is_refused(nightshift, tmp_path):
     done = nightshift("label", str(tmp_path))
     assert done.returncode == 2
-    assert "is a folder: name an output for its labels with -o" in done.stderr
+    assert "is no single image: name an output for its labels with -o" in done.stderr
 
 
 def test_dry_run_says_what_a_run_would_take_and_writes_nothing(nightshift, make_images, tmp_path):

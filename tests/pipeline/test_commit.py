@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,8 @@ from pipeline.commit import (
     sweep_foreign,
 )
 from pipeline.plan import Shard
-from pipeline.storage import LocalFolder
+from pipeline.storage import LocalFolder, open_folder
+from pipeline.storage.bucket import BucketStore
 
 HASH = "0123456789ab"
 OTHER_HASH = "ba9876543210"
@@ -168,14 +170,14 @@ def test_counts_add_up_by_type_of_error():
 
 
 def test_nothing_is_done_at_first(folder):
-    assert find_committed(folder, shards(5, 5), run_hash=HASH) == {}
+    assert find_committed(folder, shards(5, 5), run_hashes=[HASH]) == {}
 
 
 def test_committed_shards_are_found_with_their_counts(folder):
     first, second, third = shards(5, 5, 3)
     commit_part(folder, first, make_rows(5), run_hash=HASH)
     commit_part(folder, third, make_rows(3, errors={1: NOT_FOUND}), run_hash=HASH)
-    assert find_committed(folder, [first, second, third], run_hash=HASH) == {
+    assert find_committed(folder, [first, second, third], run_hashes=[HASH]) == {
         0: Counts(5),
         2: Counts(2, {"FileNotFoundError": 1}),
     }
@@ -187,10 +189,10 @@ def test_truncated_part_is_redone(folder):
     whole = path_of(folder, 0).read_bytes()
     for length in [*range(12), *range(12, len(whole), 97), *range(len(whole) - 12, len(whole))]:
         path_of(folder, 0).write_bytes(whole[:length])
-        assert find_committed(folder, [shard], run_hash=HASH) == {}
+        assert find_committed(folder, [shard], run_hashes=[HASH]) == {}
         assert not path_of(folder, 0).exists()
     path_of(folder, 0).write_bytes(whole)
-    assert find_committed(folder, [shard], run_hash=HASH) == {0: Counts(50)}
+    assert find_committed(folder, [shard], run_hashes=[HASH]) == {0: Counts(50)}
 
 
 def test_part_with_a_damaged_footer_is_redone(folder):
@@ -207,7 +209,7 @@ def test_part_with_a_damaged_footer_is_redone(folder):
         whole[: -8 - length] + b"\xff" * length + whole[-8:],  # PyArrow raises OSError, as if the disk were at fault
     ):
         path_of(folder, 0).write_bytes(content)
-        assert find_committed(folder, [shard], run_hash=HASH) == {}
+        assert find_committed(folder, [shard], run_hashes=[HASH]) == {}
         assert not path_of(folder, 0).exists()
 
 
@@ -229,9 +231,9 @@ def test_part_whose_footer_is_of_something_else_is_redone(folder, fault):
     first, second = shards(5, 5)
     commit_all(folder, [first, second])
     rewrite(folder, first)
-    assert find_committed(folder, [first, second], run_hash=HASH) == {0: Counts(5), 1: Counts(5)}
+    assert find_committed(folder, [first, second], run_hashes=[HASH]) == {0: Counts(5), 1: Counts(5)}
     rewrite(folder, first, **fault)
-    assert find_committed(folder, [first, second], run_hash=HASH) == {1: Counts(5)}
+    assert find_committed(folder, [first, second], run_hashes=[HASH]) == {1: Counts(5)}
     assert not path_of(folder, 0).exists()
 
 
@@ -239,38 +241,106 @@ def test_part_under_another_shards_name_is_redone(folder):
     first, second = shards(5, 6)
     commit_part(folder, first, make_rows(5), run_hash=HASH)
     path_of(folder, 0).rename(path_of(folder, 1))
-    assert find_committed(folder, [first, second], run_hash=HASH) == {}
+    assert find_committed(folder, [first, second], run_hashes=[HASH]) == {}
 
 
-# Too many open files, or a shared file system that is away for a second, say nothing about the part.
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
-def test_part_that_cannot_be_read_just_now_is_not_deleted(folder, monkeypatch, number):
+class Unreadable:
+    """A file that is there, of which nothing can be read just now."""
+
+    def __init__(self, file: pa.NativeFile, error: OSError) -> None:
+        self.file, self.error, self.size = file, error, file.size
+
+    def __enter__(self) -> Unreadable:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    def read_at(self, length: int, offset: int) -> bytes:
+        raise self.error
+
+
+UNREADABLE = [
+    *(OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES)),
+    # PyArrow words in this way what a bucket answered, without a number, as it does with what it finds in a file.
+    OSError("AWS Error SLOW_DOWN during GetObject operation: Please reduce your request rate."),
+    OSError("AWS Error ACCESS_DENIED during GetObject operation: the token is expired"),
+]
+
+
+# Too many open files, or a store that is away for a second, say nothing about the part.
+@pytest.mark.parametrize("error", UNREADABLE, ids=str)
+@pytest.mark.parametrize("is_opened", [False, True])
+def test_part_that_cannot_be_read_just_now_is_not_deleted(folder, monkeypatch, error, is_opened):
     (shard,) = shards(5)
     commit_all(folder, [shard])
+    open_read = folder.open_read
 
-    def fail(*arguments, **options):
-        raise OSError(number, os.strerror(number))
+    def fail(name: str) -> Unreadable:
+        if is_opened:
+            return Unreadable(open_read(name), error)
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "read_metadata", fail)
-        try:
-            find_committed(folder, [shard], run_hash=HASH)
-        except OSError:
-            pass  # to end the run with this error is as good
-    assert find_committed(folder, [shard], run_hash=HASH) == {0: Counts(5)}
+        patch.setattr(folder, "open_read", fail)
+        with pytest.raises(OSError):
+            find_committed(folder, [shard], run_hashes=[HASH])
+    assert find_committed(folder, [shard], run_hashes=[HASH]) == {0: Counts(5)}
+
+
+def test_part_in_a_bucket_is_read_again_after_a_passing_error(monkeypatch):
+    folder = open_folder("memory://bucket/out", scratch="tmp")
+    (shard,) = shards(5)
+    commit_all(folder, [shard])
+    left, open_file = [0], BucketStore.open_file
+
+    class Flaky(Unreadable):
+        def read_at(self, length: int, offset: int) -> bytes:
+            if left:
+                left.pop()
+                raise self.error
+            return self.file.read_at(length, offset)
+
+    monkeypatch.setattr(BucketStore, "open_file", lambda store, uri: Flaky(open_file(store, uri), UNREADABLE[-2]))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert find_committed(folder, [shard], run_hashes=[HASH]) == {0: Counts(5)}
+    assert left == []
+
+
+# A shard of a compressed tar can have a million rows, in many row groups.
+def test_footer_of_any_size_is_read(folder, monkeypatch):
+    monkeypatch.setattr(schema, "MAX_ROW_GROUP_ROWS", 5)
+    (shard,) = shards(500)
+    commit_all(folder, [shard])
+    footer = int.from_bytes(path_of(folder, 0).read_bytes()[-8:-4], "little")
+    assert footer > 64 << 10
+    assert find_committed(folder, [shard], run_hashes=[HASH]) == {0: Counts(500)}
 
 
 def test_part_of_another_run_is_not_taken_for_done(folder):
     (shard,) = shards(5)
     commit_part(folder, shard, make_rows(5), run_hash=OTHER_HASH)
-    assert find_committed(folder, [shard], run_hash=HASH) == {}
+    assert find_committed(folder, [shard], run_hashes=[HASH]) == {}
     assert path_of(folder, 0, OTHER_HASH).exists()  # the sweep's business
+
+
+def test_parts_of_each_segment_are_found_under_its_own_run_hash(folder):
+    first, second = Shard(0, 0, 5), Shard(1, 0, 4, segment=1)
+    hashes = (HASH, OTHER_HASH)
+    commit_part(folder, first, make_rows(5), run_hash=HASH)
+    commit_part(folder, second, make_rows(4), run_hash=HASH)
+    assert find_committed(folder, [first, second], run_hashes=hashes) == {0: Counts(5)}
+    commit_part(folder, second, make_rows(4), run_hash=OTHER_HASH)
+    assert find_committed(folder, [first, second], run_hashes=hashes) == {0: Counts(5), 1: Counts(4)}
+    path_of(folder, 1, OTHER_HASH).write_bytes(b"damaged")
+    assert find_committed(folder, [first, second], run_hashes=hashes) == {0: Counts(5)}
+    assert not path_of(folder, 1, OTHER_HASH).exists()
 
 
 def test_many_parts_are_found(folder):
     all_shards = shards(*[1] * 200)
     commit_all(folder, all_shards[::2])
-    assert sorted(find_committed(folder, all_shards, run_hash=HASH)) == list(range(0, 200, 2))
+    assert sorted(find_committed(folder, all_shards, run_hashes=[HASH])) == list(range(0, 200, 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -296,17 +366,25 @@ def test_foreign_parts_are_swept_and_nothing_else(folder):
         folder.put(name, b"mine")
     commit_all(folder, shards(5, 5))
     commit_all(folder, shards(5, 5, 5), OTHER_HASH)
-    assert sweep_foreign(folder, run_hash=HASH) == 3
+    assert sweep_foreign(folder, run_hashes=[HASH]) == 3
     assert all(folder.read(name) == b"mine" for name in OWN_FILES)
-    assert sorted(find_committed(folder, shards(5, 5), run_hash=HASH)) == [0, 1]
+    assert sorted(find_committed(folder, shards(5, 5), run_hashes=[HASH])) == [0, 1]
     assert [name for name in folder.list_names(PREDICTIONS_DIR) if OTHER_HASH in name] == []
+
+
+def test_parts_of_all_segments_of_a_run_are_kept(folder):
+    commit_all(folder, shards(5, 5))
+    commit_all(folder, shards(5, 5, 5), OTHER_HASH)
+    commit_all(folder, shards(5), "abcdefabcdef")
+    assert sweep_foreign(folder, run_hashes=(HASH, OTHER_HASH)) == 1
+    assert len(folder.list_names(PREDICTIONS_DIR)) == 5
 
 
 def test_sweep_without_a_run_takes_the_parts_of_all_runs(folder):
     folder.put("predictions/notes.txt", b"mine")
     commit_all(folder, shards(5, 5))
     commit_all(folder, shards(5), OTHER_HASH)
-    assert sweep_foreign(folder, run_hash=None) == 3
+    assert sweep_foreign(folder, run_hashes=()) == 3
     assert folder.list_names(PREDICTIONS_DIR) == ["notes.txt"]
 
 
@@ -317,9 +395,9 @@ def test_unfinished_files_are_swept(folder):
         left_over.rename(left_over.with_name("left-over"))
         raise KeyboardInterrupt
     assert folder.list_names(folder.scratch) == ["left-over"]
-    assert sweep_foreign(folder, run_hash=HASH) == 0
+    assert sweep_foreign(folder, run_hashes=[HASH]) == 0
     assert folder.list_names(folder.scratch) == []
 
 
 def test_sweep_of_an_empty_folder_does_nothing(folder):
-    assert sweep_foreign(folder, run_hash=HASH) == 0
+    assert sweep_foreign(folder, run_hashes=[HASH]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -279,6 +280,26 @@ def test_look_and_take_are_one_step(folder, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted(results) == ["held", "refused"]
+
+
+class OpenFolder(LocalFolder):
+    """A folder that keeps nobody out, as in a bucket."""
+
+    def exclude_others(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def test_where_nobody_can_be_kept_out_the_last_to_write_holds_the_lease(folder, monkeypatch):
+    folder = OpenFolder(folder.root, scratch=folder.scratch)
+    with contextlib.ExitStack() as both:
+        monkeypatch.setattr(leases, "read_lease", lambda folder: None)  # each looks before the other writes
+        first = both.enter_context(hold_lease(folder))
+        second = both.enter_context(hold_lease(folder))
+        monkeypatch.undo()
+        first.renew()
+        first.stop()
+        assert not first.fence.is_open
+        assert second.fence.is_open
 
 
 RACER = """

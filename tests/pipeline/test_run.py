@@ -25,6 +25,7 @@ from pipeline.run import (
     clear_run,
     find_finished,
     keep_account,
+    open_log,
     open_run_folder,
     refuse_changes,
 )
@@ -46,8 +47,9 @@ RESOLVED = {
 
 @pytest.fixture
 def plan() -> Plan:
-    listing = Listing(num_images=200, num_shards=4, shard_size=64, hash="cd" * 32)
-    return Plan(run_id="20250101-000000-abcdef", epoch=2, listing=listing, given=GIVEN, resolved=RESOLVED)
+    first = Listing(num_images=150, num_shards=3, shard_size=64, max_shard_images=64, hash="cd" * 32)
+    update = Listing(num_images=50, num_shards=1, shard_size=64, max_shard_images=50, hash="ef" * 32)
+    return Plan(run_id="20250101-000000-abcdef", epoch=2, segments=(first, update), given=GIVEN, resolved=RESOLVED)
 
 
 @pytest.fixture
@@ -107,9 +109,23 @@ def test_output_that_can_be_no_folder_is_refused(tmp_path, output):
         open_run_folder(str(tmp_path / output))
 
 
-def test_object_store_is_refused_with_what_would_work():
-    with pytest.raises(OutputError, match=r"cannot write to 's3://bucket/out': an output is a folder on a local"):
-        open_run_folder("s3://bucket/out")
+@pytest.mark.parametrize("output", ["https://host/out", "nosuch://bucket/out", "tar://a::/b"])
+def test_output_where_nothing_can_be_written_is_refused_with_what_would_work(output):
+    with pytest.raises(OutputError, match=r"an output is a folder on a file system, or one of s3://, gs://, "):
+        open_run_folder(output)
+
+
+def test_output_can_be_a_file_uri(tmp_path):
+    assert open_run_folder(f"file://{tmp_path}/my%20run").root == tmp_path / "my run"
+
+
+def test_name_of_an_output_is_taken_as_it_is(tmp_path):
+    assert open_run_folder(f"{tmp_path}/50%20#1::a").root == tmp_path / "50%20#1::a"
+
+
+def test_log_of_a_local_run_lies_in_its_folder(folder):
+    with open_log(folder) as log:
+        assert log == folder.path("_nightshift/logs/driver.log")
 
 
 def test_unfinished_files_lie_on_the_same_file_system_outside_the_data(tmp_path):
@@ -144,7 +160,8 @@ def test_cleared_run_leaves_only_what_is_not_its_own(folder):
         "predictions/part-000000-0123456789ab.parquet",
         "predictions/part-000001-ba9876543210.parquet",
         "_nightshift/plan/plan.json",
-        "_nightshift/plan/shards.parquet",
+        "_nightshift/plan/segment-000/shards.parquet",
+        "_nightshift/plan/segment-001/images-00000.parquet",
         "_nightshift/tmp/part-000002-0123456789ab.parquet.99-abcd",
     ]
     others = ["notes.txt", "predictions/notes.txt", "predictions/sub/_SUCCESS", "report/run.json", "_nightshift/lease"]
@@ -203,8 +220,8 @@ def test_tuples_are_as_good_as_the_lists_that_come_back():
     [
         ({"model": "resnet18"}, "--model: resnet50 then, resnet18 now"),
         ({"precision": "fp32"}, "--precision: auto then, fp32 now"),
-        ({"crop": 200}, "--crop: None then, 200 now"),
-        ({"limit": 10}, "--limit: None then, 10 now"),
+        ({"crop": 200}, "--crop: (none) then, 200 now"),
+        ({"limit": 10}, "--limit: (none) then, 10 now"),
     ],
 )
 def test_changed_setting_is_refused_with_the_difference(given, line):
@@ -263,11 +280,26 @@ def test_account_says_what_was_asked_and_what_came_of_it(folder, account, plan):
     assert written["cluster"] == {"num_nodes": 1}
     assert written["config"] == {"given": GIVEN, "resolved": RESOLVED}
     assert written["plan"] == {
-        "hash": "cd" * 32,
-        "run_hash": plan.run_hash,
         "epoch": 2,
         "shards": 4,
-        "shard_size": 64,
+        "segments": [
+            {
+                "num_images": 150,
+                "num_shards": 3,
+                "shard_size": 64,
+                "max_shard_images": 64,
+                "hash": "cd" * 32,
+                "run_hash": plan.run_hashes[0],
+            },
+            {
+                "num_images": 50,
+                "num_shards": 1,
+                "shard_size": 64,
+                "max_shard_images": 50,
+                "hash": "ef" * 32,
+                "run_hash": plan.run_hashes[1],
+            },
+        ],
     }
     assert written["versions"]["python"] == platform.python_version()
     assert {"ray", "torch", "torchvision", "pyarrow"} <= written["versions"].keys()

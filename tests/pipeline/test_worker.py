@@ -1,3 +1,13 @@
+"""A worker's rows are those of its shard, in order, and it publishes only while its run may."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import io
+import os
+import pickle
+import tarfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -6,16 +16,20 @@ import pytest
 import torch
 
 from pipeline import plan as plans
+from pipeline import worker as workers
 from pipeline.commit import PREDICTIONS_DIR
-from pipeline.lease import hold_lease
+from pipeline.lease import Fence, hold_lease
 from pipeline.models import open_model
-from pipeline.plan import write_listing
+from pipeline.plan import Shard, write_listing
 from pipeline.run import SCRATCH_DIR
-from pipeline.sources import ListedImage
-from pipeline.storage import LocalFolder
+from pipeline.sources import ListedImage, ListingOptions
+from pipeline.sources.tar import TarSource
+from pipeline.storage import LocalFolder, LocalStore
 from pipeline.worker import Decoder, DroppedShard, Labeller, Task
 
 RUN_HASH = "0123456789ab"
+UPDATE_HASH = "ba9876543210"
+SHARD = Shard(0, 0, 20)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +44,8 @@ def job(tmp_path, make_images, model):
     paths = make_images(tmp_path / "images", 18)
     Path(paths[3]).write_bytes(b"broken")
     forbidden = ListedImage("/forbidden", error="PermissionError: Permission denied")
-    write_listing(folder, [*map(ListedImage, paths), forbidden, ListedImage("/gone.jpg")], shard_size=20)
+    images = [*map(ListedImage, paths), forbidden, ListedImage("/gone.jpg")]
+    assert write_listing(folder, images, shard_size=20).num_shards == 1
     threads = torch.get_num_threads()
     with hold_lease(folder) as lease:
         yield (
@@ -39,7 +54,7 @@ def job(tmp_path, make_images, model):
                 folder=folder,
                 fence=lease.fence,
                 run_id="run",
-                run_hash=RUN_HASH,
+                run_hashes=(RUN_HASH, UPDATE_HASH),
                 preset=model.preset,
                 precision="fp32",
                 exif="ignore",
@@ -52,12 +67,28 @@ def job(tmp_path, make_images, model):
     torch.set_num_threads(threads)
 
 
-def only_shard(task):
-    return plans.read_shards(task.folder)[0]
-
-
 def decode(task):
-    return Decoder(task, num_threads=2).decode(only_shard(task))
+    return Decoder(task, num_threads=2).decode(SHARD)
+
+
+def label(task, model, shard: Shard):
+    batches = Decoder(task, num_threads=1).decode(shard)
+    return Labeller(task, model, device="cpu", num_threads=1).label(shard, batches)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """When the fence was looked at, on a clock that stands still unless it is moved."""
+    seen = []
+    is_open = Fence.is_open.fget
+    monkeypatch.setattr(Fence, "is_open", property(lambda fence: seen.append(clock.now) or is_open(fence)))
+    clock = Clock()
+    monkeypatch.setattr(workers.time, "monotonic", lambda: clock.now)
+    return seen, clock
+
+
+class Clock:
+    now = 1_000.0
 
 
 def list_parts(task):
@@ -68,7 +99,7 @@ def test_decoded_batches_hold_all_images_in_the_order_of_the_plan(job):
     _, task = job
     batches = list(decode(task))
     rows = [row for batch in batches for row in batch.rows]
-    assert [row.uri for row in rows] == [image.uri for image in plans.read_images(task.folder, only_shard(task))]
+    assert [row.uri for row in rows] == [image.uri for image in plans.read_images(task.folder, SHARD)]
     assert [len(batch.rows) for batch in batches] == [4, 4, 4, 4, 4]
     assert [len(batch.pixels) for batch in batches] == [3, 4, 4, 4, 2]
     assert [(row.error_stage, row.error) for row in rows if row.error] == [
@@ -83,8 +114,8 @@ def test_decoding_runs_ahead_of_the_model_and_no_further_than_its_window(job, mo
     opened = []
     decoder = Decoder(task, num_threads=1)
     open_image = decoder._open
-    monkeypatch.setattr(decoder, "_open", lambda image: opened.append(image) or open_image(image))
-    batches = decoder.decode(only_shard(task))
+    monkeypatch.setattr(decoder, "_open", lambda *fetch: opened.append(fetch) or open_image(*fetch))
+    batches = decoder.decode(SHARD)
     next(batches)
     decoder._threads.submit(lambda: None).result()  # everything submitted before is done
     assert len(opened) == 4 * 3
@@ -93,10 +124,126 @@ def test_decoding_runs_ahead_of_the_model_and_no_further_than_its_window(job, mo
 
 def test_labelled_shard_is_one_part_with_its_counts(job, model):
     _, task = job
-    done = Labeller(task, model, device="cpu", num_threads=1).label(only_shard(task), decode(task))
+    done = Labeller(task, model, device="cpu", num_threads=1).label(SHARD, decode(task))
     assert done.counts.labelled == 17
     assert dict(done.counts.failed) == {"UnidentifiedImageError": 1, "PermissionError": 1, "FileNotFoundError": 1}
     assert list_parts(task) == [f"part-000000-{RUN_HASH}.parquet"]
+
+
+def test_shard_of_an_update_is_named_by_the_hash_of_its_segment(job, model):
+    _, task = job
+    images = plans.read_images(task.folder, Shard(0, 0, 2))
+    write_listing(task.folder, images, segment=1)
+    label(task, model, Shard(1, 0, 2, segment=1))
+    assert list_parts(task) == [f"part-000001-{UPDATE_HASH}.parquet"]
+
+
+def test_images_of_a_unit_are_rows_in_its_order_with_the_entries_that_failed(job, model, tmp_path):
+    _, task = job
+    photos = [Path(image.uri).read_bytes() for image in plans.read_images(task.folder, Shard(0, 0, 3))]
+    path = tmp_path / "a.tgz"
+    with gzip.open(path, "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
+        for number, photo in enumerate(photos):
+            header = tarfile.TarInfo(f"{number}.jpg")
+            header.size = len(photo)
+            archive.addfile(header, io.BytesIO(photo))
+    images = list(TarSource(str(path), path="a.tgz", options=ListingOptions()).list_images())
+    images[1] = images[1]._replace(error="FileTooLarge: it says so")
+    images.append(ListedImage(str(path), error="DamagedArchive: it ends at byte 7"))
+    assert write_listing(task.folder, images, shard_size=1).max_shard_images == 3
+    rows = [row for batch in Decoder(task, num_threads=2).decode(Shard(0, 0, 3)) for row in batch.rows]
+    assert [(row.uri, row.error_stage) for row in rows] == [
+        (f"tar://0.jpg::{path}", None),
+        (f"tar://1.jpg::{path}", "list"),
+        (f"tar://2.jpg::{path}", None),
+    ]
+    assert [row.size_bytes for row in rows] == [len(photos[0]), None, len(photos[2])]
+
+
+def test_row_says_how_many_attempts_its_image_took(job, monkeypatch):
+    _, task = job
+    left = {2: 2, 3: 9}  # how often an image cannot be read
+    read = LocalStore.read
+
+    def fail(self, uri):
+        number = int(Path(uri).stem) if "images" in uri else None
+        if left.get(number, 0):
+            left[number] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, uri)
+
+    monkeypatch.setattr(LocalStore, "read", fail)
+    monkeypatch.setattr(workers.time, "sleep", lambda seconds: None)
+    rows = [row for batch in decode(replace(task, retries=3)) for row in batch.rows]
+    assert [row.attempts for row in rows[:5]] == [1, 1, 3, 4, 1]
+    assert rows[2].error is None
+    assert (rows[3].error_stage, rows[3].error) == ("read", "OSError: Input/output error")
+
+
+# A NUL byte in a manifest, say, must not fail the whole shard.
+@pytest.mark.parametrize("uri", ["/a%00b.jpg", f"/{'x' * 10_000}.jpg", "/", "/dev/null", "/a.tar", "tar://a::/b.tar"])
+def test_uri_that_leads_nowhere_is_a_failed_row(job, uri):
+    _, task = job
+    write_listing(task.folder, [ListedImage(uri)])
+    (batch,) = Decoder(task, num_threads=1).decode(Shard(0, 0, 1))
+    assert batch.rows[0].error_stage == "read"
+    assert len(batch.pixels) == 0
+
+
+def test_fence_is_looked_at_once_a_second_and_before_the_publish(job, model, looks):
+    _, task = job
+    seen, clock = looks
+
+    def tick():
+        for batch in decode(task):
+            yield batch
+            clock.now += 0.4  # five batches, at 0, 0.4, 0.8, 1.2 and 1.6
+
+    Labeller(task, model, device="cpu", num_threads=1).label(SHARD, tick())
+    assert [round(moment - 1_000, 1) for moment in seen] == [0, 1.2, 2.0]
+
+
+def test_fence_is_looked_at_before_every_publish(job, model, looks):
+    _, task = job
+    seen, clock = looks
+    labeller = Labeller(task, model, device="cpu", num_threads=1)
+    for _ in range(3):
+        labeller.label(SHARD, decode(task))
+    assert len(seen) == 1 + 3
+    assert set(seen) == {clock.now}
+
+
+def test_run_that_is_stopped_within_a_shard_ends_at_the_next_look(job, model, looks):
+    lease, task = job
+    _, clock = looks
+    drawn = []
+
+    def stop_after_two():
+        for batch in decode(task):
+            drawn.append(batch)
+            if len(drawn) == 2:
+                lease.stop()
+                clock.now += 2
+            yield batch
+
+    with pytest.raises(DroppedShard):
+        Labeller(task, model, device="cpu", num_threads=1).label(SHARD, stop_after_two())
+    assert len(drawn) == 2
+    assert list_parts(task) == []
+
+
+def test_worker_finds_the_stores_of_the_driver_unless_its_own_environment_knows_better(job, monkeypatch):
+    _, task = job
+    monkeypatch.setenv("AWS_REGION", "here")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "")
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    replace(task, environment={"AWS_REGION": "there", "AWS_ENDPOINT_URL": "http://there"}).prepare_process()
+    assert (os.environ["AWS_REGION"], os.environ["AWS_ENDPOINT_URL"]) == ("here", "http://there")
+
+
+def test_task_travels_to_workers(job):
+    _, task = job
+    assert pickle.loads(pickle.dumps(task)).run_hashes == task.run_hashes
 
 
 def test_stopped_run_publishes_nothing(job, model):
@@ -104,7 +251,7 @@ def test_stopped_run_publishes_nothing(job, model):
     labeller = Labeller(task, model, device="cpu", num_threads=1)
     lease.stop()
     with pytest.raises(DroppedShard):
-        labeller.label(only_shard(task), decode(task))
+        labeller.label(SHARD, decode(task))
     assert list_parts(task) == []
 
 
@@ -122,7 +269,7 @@ def test_worker_of_a_replaced_run_drops_its_work_before_publishing(job, model):
 
     def work():
         try:
-            outcome.append(labeller.label(only_shard(task), hold_after_the_last_batch()))
+            outcome.append(labeller.label(SHARD, hold_after_the_last_batch()))
         except DroppedShard as dropped:
             outcome.append(dropped)
 
@@ -149,14 +296,14 @@ def test_output_that_is_no_number_is_a_failed_row(job, model, monkeypatch):
 
     monkeypatch.setattr(labeller.predictor, "_network", poison_first_image)
     task = replace(task, batch_size=20)
-    done = labeller.label(only_shard(task), decode(task))
+    done = labeller.label(SHARD, decode(task))
     assert (done.counts.labelled, done.counts.failed["NonFiniteScore"]) == (16, 1)
 
 
 def test_batch_without_any_decoded_image_is_committed_too(job, model):
     _, task = job
-    write_listing(task.folder, [ListedImage("/gone.jpg"), ListedImage("/gone2.jpg")], shard_size=20)
-    done = Labeller(task, model, device="cpu", num_threads=1).label(only_shard(task), decode(task))
+    write_listing(task.folder, [ListedImage("/gone.jpg"), ListedImage("/gone2.jpg")])
+    done = label(task, model, Shard(0, 0, 2))
     assert (done.counts.labelled, done.counts.num_failed) == (0, 2)
 
 

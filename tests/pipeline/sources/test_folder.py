@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import shutil
 import subprocess
 import tempfile
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import NoImagesError
-from pipeline.sources import ListedImage, Selection, drop_nested, open_source
+from pipeline.errors import NoImagesError, StorageError
+from pipeline.sources import ListedImage, ListingOptions, Selection, Source, open_container, open_source
 from pipeline.sources.file import FileSource
 from pipeline.sources.folder import FolderSource
-from pipeline.storage import uri_to_path
+from pipeline.sources.pattern import Pattern
+from pipeline.sources.tree import FoundFile, sort_files
+from pipeline.storage import path_to_uri, uri_to_path
 
 SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm".split()
 NOBODY = 65534
@@ -31,15 +39,23 @@ def make_files(root: Path, *names: str) -> None:
         (root / name).write_bytes(b"")
 
 
-def list_folder(root: Path, *, include=(), exclude=(), target="none", output=None) -> list[ListedImage]:
-    source = FolderSource(
-        str(root), selection=Selection(include, exclude), target=target, output=output and str(output)
+def open_folder(root: Path, *, pattern: str | None = None, include=(), exclude=(), **options) -> FolderSource:
+    listing = ListingOptions(selection=Selection(include, exclude), **options)
+    return FolderSource(
+        path_to_uri(str(root)),
+        options=listing,
+        open_container=partial(open_container, options=listing),
+        pattern=Pattern(pattern) if pattern else None,
     )
+
+
+def list_folder(root: Path, *, output: Path | None = None, **options) -> list[ListedImage | Source]:
+    source = open_folder(root, output=path_to_uri(str(output)) if output else None, **options)
     return list(islice(source.list_images(), ENOUGH))
 
 
 def list_names(root: Path, **options) -> list[str]:
-    """What is listed, as paths below the root."""
+    """What is listed, images and containers, as paths below the root."""
     return [os.path.relpath(uri_to_path(image.uri), root) for image in list_folder(root, **options)]
 
 
@@ -128,7 +144,7 @@ def test_suffix_of_an_image_is_known_in_any_case(tmp_path, suffix):
 
 def test_other_files_are_counted_and_not_listed(tmp_path):
     make_files(tmp_path, "a.jpg", "b.txt", "sub/c.TXT", "d", "e.jpg.bak", "f.svg", "jpg")
-    source = FolderSource(str(tmp_path), selection=Selection(), target="none")
+    source = open_folder(tmp_path)
     assert len(list(source.list_images())) == 1
     assert source.skipped == {".txt": 2, "no suffix": 2, ".bak": 1, ".svg": 1}
 
@@ -150,7 +166,7 @@ def test_folder_named_like_an_image_is_a_folder(tmp_path):
 
 def test_named_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
-    source = FolderSource(str(tmp_path), selection=Selection(), target="none")
+    source = open_folder(tmp_path)
     assert list(source.list_images()) == []
     assert source.skipped.total() == 1
 
@@ -230,7 +246,7 @@ def test_output_that_is_the_input_lists_nothing(tmp_path):
 # A new run makes the folder of its output after it has opened its inputs.
 def test_output_that_is_made_after_the_source_was_opened_is_not_listed(tmp_path):
     make_files(tmp_path, "a.jpg")
-    source = FolderSource(str(tmp_path), selection=Selection(), target="none", output=str(tmp_path / "out"))
+    source = open_folder(tmp_path, output=str(tmp_path / "out"))
     make_files(tmp_path, "out/b.jpg")
     assert [os.path.basename(image.uri) for image in source.list_images()] == ["a.jpg"]
 
@@ -288,7 +304,7 @@ def test_globs_match_below_the_input_and_not_above(tmp_path):
 
 def test_files_left_out_by_globs_are_counted(tmp_path):
     make_files(tmp_path, *TREE)
-    source = FolderSource(str(tmp_path), selection=Selection(("*.png",)), target="none")
+    source = open_folder(tmp_path, include=("*.png",))
     assert len(list(source.list_images())) == 1
     assert source.skipped == {"left out by --include/--exclude": len(TREE) - 1}
 
@@ -309,6 +325,13 @@ def test_target_of_a_linked_folder_is_the_links_name(tmp_path):
     make_files(tmp_path, "elsewhere/a.jpg", "root/b.txt")
     (tmp_path / "root/cat").symlink_to("../elsewhere")
     assert [image.target for image in list_folder(tmp_path / "root", target="folder")] == ["cat"]
+
+
+def test_image_in_no_folder_has_no_target():
+    file = FoundFile("/a.jpg", "a.jpg", os.path.basename("/"))
+    options = ListingOptions(target="folder")
+    (image,) = sort_files([file], options=options, pattern=None, skipped=Counter(), open_container=open_container)
+    assert image == ListedImage("/a.jpg")
 
 
 # A target is a label and no URI: what is encoded would match no category of that name.
@@ -342,7 +365,7 @@ def test_forbidden_input_is_one_entry_with_its_error(open_dir):
     make_files(open_dir, "b/a.jpg")
     (open_dir / "b").chmod(0)
     with without_privileges(open_dir):
-        source = open_source(str(open_dir / "b"), selection=Selection(), target="none")
+        source = open_source(str(open_dir / "b"), options=ListingOptions())
         images = list(source.list_images())
     assert images == [ListedImage(f"{open_dir}/b", error="PermissionError: Permission denied")]
 
@@ -358,7 +381,7 @@ def test_link_into_a_forbidden_folder_is_one_entry_with_its_error(open_dir):
 
 def test_folder_that_vanishes_while_listing_is_one_entry_with_its_error(tmp_path):
     make_files(tmp_path, "a.jpg", "b/c.jpg", "d.jpg")
-    listing = FolderSource(str(tmp_path), selection=Selection(), target="none").list_images()
+    listing = open_folder(tmp_path).list_images()
     images = [next(listing)]
     shutil.rmtree(tmp_path / "b")
     images += listing
@@ -391,79 +414,249 @@ def test_path_too_long_for_the_system_is_an_entry_and_no_exception(deep_dir, mon
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Folders that cannot be listed just now
+
+
+@pytest.fixture
+def flaky_scans(monkeypatch):
+    """A function that lets the next listings of a folder fail, at their end, with these error numbers."""
+
+    def fail(folder: Path, *numbers: int) -> None:
+        left, scandir = list(numbers), os.scandir
+
+        @contextlib.contextmanager
+        def scan(path) -> Iterator[Iterator[os.DirEntry[str]]]:
+            with scandir(path) as entries:
+                yield flaky(entries) if os.path.samefile(path, folder) else entries
+
+        def flaky(entries):
+            yield from entries
+            if left:
+                number = left.pop(0)
+                raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "scandir", scan)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    return fail
+
+
+def test_folder_is_listed_again_after_a_passing_error(tmp_path, flaky_scans):
+    make_files(tmp_path, "a/b.jpg", "a/c.jpg", "d.jpg")
+    flaky_scans(tmp_path / "a", errno.EIO, errno.ESTALE)
+    assert list_names(tmp_path, retries=2) == ["a/b.jpg", "a/c.jpg", "d.jpg"]
+
+
+def test_folder_behind_links_is_listed_again_after_a_passing_error(tmp_path, flaky_scans):
+    make_files(tmp_path, "one/x", "two/x", "three/a.jpg")
+    (tmp_path / "one/link").symlink_to("../two")
+    (tmp_path / "two/link").symlink_to("../three")
+    flaky_scans(tmp_path / "three", errno.EIO)
+    assert list_names(tmp_path / "one") == ["link/link/a.jpg"]
+
+
+# What is not in the plan is never labelled: an archive that is half there must not be taken for the whole of it.
+def test_folder_that_cannot_be_read_after_all_retries_ends_the_listing(tmp_path, flaky_scans):
+    make_files(tmp_path, "a/b.jpg", "d.jpg")
+    flaky_scans(tmp_path / "a", *[errno.ESTALE] * 9)
+    with pytest.raises(StorageError, match=r"cannot list folder '.*/a': OSError: Stale file handle"):
+        list_folder(tmp_path, retries=2)
+
+
+def test_link_that_cannot_be_followed_just_now_is_not_passed_over(tmp_path, monkeypatch):
+    make_files(tmp_path, "elsewhere/a.jpg", "root/b.jpg")
+    (tmp_path / "root/link").symlink_to("../elsewhere")
+    stat = os.stat
+
+    def fail(path, **options):
+        if str(path).endswith("link"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, **options)
+
+    class Entry:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self.name, self.is_symlink, self.is_file = entry.name, entry.is_symlink, entry.is_file
+            self.path = entry.path
+
+        def is_dir(self) -> bool:
+            fail(self.path)
+            return False
+
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def scan(path):
+        with scandir(path) as entries:
+            yield map(Entry, entries)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(StorageError, match="Stale"):
+        list_folder(tmp_path / "root", retries=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Containers
+
+
+def test_containers_are_met_in_their_place_among_the_images(tmp_path):
+    make_files(tmp_path, "a.jpg", "b.tar", "c.jpg", "d/e.zip", "d/f.TAR.GZ", "g.parquet", "h.tgz", "i.tar.zst")
+    items = list_folder(tmp_path)
+    assert [os.path.relpath(item.uri, tmp_path) for item in items] == [
+        "a.jpg", "b.tar", "c.jpg", "d/e.zip", "d/f.TAR.GZ", "g.parquet", "h.tgz", "i.tar.zst",
+    ]  # fmt: skip
+    assert [isinstance(item, ListedImage) for item in items] == [True, False, True, *[False] * 5]
+    assert not any(item.is_folder for item in items if not isinstance(item, ListedImage))
+
+
+def test_container_with_an_odd_name_has_a_uri_that_leads_back_to_it(tmp_path):
+    make_files(tmp_path, "50%::#row=3.tar")
+    assert list_names(tmp_path) == ["50%::#row=3.tar"]
+
+
+def test_manifest_beside_the_images_it_names_is_passed_over_and_counted(tmp_path):
+    make_files(tmp_path, "a.jpg", "labels.csv", "readme.txt", "metadata.jsonl")
+    source = open_folder(tmp_path)
+    assert len(list(source.list_images())) == 1
+    assert source.skipped == {".csv": 1, ".txt": 1, ".jsonl": 1}
+
+
+def test_excluded_container_is_not_opened(tmp_path):
+    make_files(tmp_path, "a.tar", "old/b.tar")
+    source = open_folder(tmp_path, exclude=("old/**",))
+    assert [item.uri for item in source.list_images()] == [f"{tmp_path}/a.tar"]
+    assert source.skipped == {"left out by --include/--exclude": 1}
+
+
+# Its members may match.
+def test_container_that_include_does_not_name_is_opened_all_the_same(tmp_path):
+    make_files(tmp_path, "a.tar", "b.jpg")
+    assert list_names(tmp_path, include=("*.png",)) == ["a.tar"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A pattern
+
+PATTERN_TREE = ("a.jpg", "x/a.jpg", "x/b.png", "x/y/c.jpg", "z/y/d.jpg", "z/e.csv")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jpg", ["a.jpg"]),
+        ("*/*.jpg", ["x/a.jpg"]),
+        ("**/*.jpg", ["a.jpg", "x/a.jpg", "x/y/c.jpg", "z/y/d.jpg"]),
+        ("x", ["x/a.jpg", "x/b.png", "x/y/c.jpg"]),  # a folder that it names is listed whole
+        ("[xz]/y", ["x/y/c.jpg", "z/y/d.jpg"]),
+        ("*", ["a.jpg", "x/a.jpg", "x/b.png", "x/y/c.jpg", "z/y/d.jpg"]),
+        ("**/y/*", ["x/y/c.jpg", "z/y/d.jpg"]),
+        ("z/*.csv", ["z/e.csv"]),  # a manifest that is asked for
+        ("nothing*", []),
+    ],
+)
+def test_pattern_names_files_and_folders(tmp_path, pattern, expected):
+    make_files(tmp_path, *PATTERN_TREE)
+    assert list_names(tmp_path, pattern=pattern) == expected
+
+
+def test_folder_that_the_pattern_cannot_match_in_is_not_read(tmp_path, monkeypatch):
+    make_files(tmp_path, "x/a.jpg", "z/deep/b.jpg")
+    read, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: read.append(os.path.basename(path)) or scandir(path))
+    source = open_folder(tmp_path, pattern="x/*.jpg")
+    assert len(list(source.list_images())) == 1
+    assert read == [tmp_path.name, "x"]
+    assert source.skipped["folders that the pattern does not match"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_entry_of_a_large_folder_takes_few_bytes(tmp_path, monkeypatch):
+    count = 50_000
+    link = Path(tmp_path, "IMG.jpg")
+    link.touch()
+    with os.scandir(tmp_path) as scan:
+        (real,) = scan
+
+    class Entry:
+        """As `os.scandir` gives them, without the files."""
+
+        is_dir, is_file, is_symlink = real.is_dir, real.is_file, real.is_symlink
+
+        def __init__(self, number: int) -> None:
+            self.name = f"IMG_20240131_{number:06d}.jpg"
+
+    monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext(map(Entry, range(count))))
+    tracemalloc.start()
+    try:
+        num_images = sum(1 for _ in open_folder(tmp_path).list_images())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert num_images == count
+    assert peak / count < 100
+
+
+def test_entry_that_has_been_listed_is_forgotten(tmp_path):
+    make_files(tmp_path, *(f"{'long' * 50}{number}.jpg" for number in range(1_000)))
+    listing = open_folder(tmp_path).list_images()
+    tracemalloc.start()
+    try:
+        next(listing)
+        first, _ = tracemalloc.get_traced_memory()
+        for _ in islice(listing, 900):
+            pass
+        last, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert last < first / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Inputs
 
 
 def test_input_that_is_a_folder_or_a_file_is_opened_as_such(tmp_path, monkeypatch):
     make_files(tmp_path, "photos/a.jpg")
     monkeypatch.chdir(tmp_path)
-    folder = open_source("photos", selection=Selection(), target="none")
-    assert isinstance(folder, FolderSource) and folder.root == f"{tmp_path}/photos"
-    assert isinstance(open_source("photos/a.jpg", selection=Selection(), target="none"), FileSource)
+    folder = open_source("photos", options=ListingOptions())
+    assert isinstance(folder, FolderSource) and folder.uri == f"{tmp_path}/photos"
+    assert isinstance(open_source("photos/a.jpg", options=ListingOptions()), FileSource)
 
 
 def test_file_given_by_name_takes_part_whatever_its_name(tmp_path):
     make_files(tmp_path, "cat/.picture.dat")
-    source = open_source(str(tmp_path / "cat/.picture.dat"), selection=Selection(("*.jpg",)), target="folder")
+    options = ListingOptions(selection=Selection(("*.jpg",)), target="folder")
+    source = open_source(str(tmp_path / "cat/.picture.dat"), options=options)
     assert list(source.list_images()) == [ListedImage(f"{tmp_path}/cat/.picture.dat", "cat")]
-    source = open_source(str(tmp_path / "cat/.picture.dat"), selection=Selection(), target="none")
+    source = open_source(str(tmp_path / "cat/.picture.dat"), options=ListingOptions())
     assert list(source.list_images()) == [ListedImage(f"{tmp_path}/cat/.picture.dat")]
+
+
+@pytest.mark.parametrize(
+    ("uri", "target"),
+    [("/c%23/a.jpg", "c#"), ("/a.jpg", None), ("/caf%E9/a.jpg", "caf\ufffd"), ("s3://b/50%25/a.jpg", "50%")],
+)
+def test_target_of_a_file_is_the_name_of_its_folder(uri, target):
+    source = FileSource(uri, options=ListingOptions(target="folder"))
+    assert [image.target for image in source.list_images()] == [target]
 
 
 def test_output_reaches_the_folder_that_is_opened(tmp_path):
     make_files(tmp_path, "a.jpg", "out/b.jpg")
-    source = open_source(str(tmp_path), selection=Selection(), target="none", output=str(tmp_path / "out"))
+    source = open_source(str(tmp_path), options=ListingOptions(output=str(tmp_path / "out")))
     assert [image.uri for image in source.list_images()] == [f"{tmp_path}/a.jpg"]
 
 
-def test_missing_input_is_named(tmp_path):
-    with pytest.raises(NoImagesError, match=r"photso' does not exist$"):
-        open_source(str(tmp_path / "photso"), selection=Selection(), target="none")
+def test_output_in_a_bucket_is_no_folder_here(tmp_path):
+    make_files(tmp_path, "a.jpg")
+    source = open_source(str(tmp_path), options=ListingOptions(output="s3://bucket/out"))
+    assert [image.uri for image in source.list_images()] == [f"{tmp_path}/a.jpg"]
 
 
-def test_missing_folder_of_a_missing_input_is_named_too(tmp_path):
-    with pytest.raises(NoImagesError, match=r"neither does the folder '.*/photso' that it would be in"):
-        open_source(str(tmp_path / "photso/cats"), selection=Selection(), target="none")
-
-
-def test_object_store_is_refused_with_what_would_work():
-    with pytest.raises(NoImagesError, match=r"cannot read 's3://bucket/x': inputs are folders and image files"):
-        open_source("s3://bucket/x", selection=Selection(), target="none")
-
-
-def test_input_that_is_a_named_pipe_is_not_said_to_be_missing(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(NoImagesError, match=r"pipe") as caught:
-        open_source(str(tmp_path / "pipe"), selection=Selection(), target="none")
-    assert "does not exist" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("given", "kept", "dropped"),
-    [
-        (["/b", "/a"], ["/a", "/b"], []),
-        (["/a", "/a"], ["/a"], []),
-        (["/a/b", "/a"], ["/a"], ["/a/b"]),
-        (["/a", "/a/b/c", "/a/b"], ["/a"], ["/a/b", "/a/b/c"]),
-        (["/a/b", "/a/bc", "/a/b-c"], ["/a/b", "/a/b-c", "/a/bc"], []),  # siblings that begin alike
-        (["/a/b", "/a/b-c", "/a/b/c"], ["/a/b", "/a/b-c"], ["/a/b/c"]),  # and sort between an input and its inside
-        (["/", "/a"], ["/"], ["/a"]),
-        (["/a", "/a/.hidden"], ["/a", "/a/.hidden"], []),  # listing /a skips it
-        (["/a", "/a/b/.hidden/c"], ["/a", "/a/b/.hidden/c"], []),
-        (["/a", "/a/__MACOSX/b"], ["/a", "/a/__MACOSX/b"], []),
-        (["/a", "/a/.hidden", "/a/.hidden/b"], ["/a", "/a/.hidden"], ["/a/.hidden/b"]),
-        (["/.hidden", "/.hidden/b"], ["/.hidden"], ["/.hidden/b"]),  # hidden above the input does not matter
-        (["/\ue000", "/\udcff"], ["/\ue000", "/\udcff"], []),  # by bytes, not by characters
-    ],
-)
-def test_input_inside_another_is_dropped_unless_the_other_skips_it(given, kept, dropped):
-    assert drop_nested(given) == (kept, dropped)
-
-
-def test_file_given_by_name_is_not_dropped_where_its_folder_would_skip_it(tmp_path):
-    make_files(tmp_path, "a.jpg", "scan.dat")
-    kept, _ = drop_nested([str(tmp_path), str(tmp_path / "scan.dat")])
-    listed = [
-        image.uri for path in kept for image in open_source(path, selection=Selection(), target="none").list_images()
-    ]
-    assert sorted(listed) == [f"{tmp_path}/a.jpg", f"{tmp_path}/scan.dat"]
+@pytest.mark.parametrize("given", ["/nosuch-photos", "/tmp/nosuch-photos"])
+def test_folder_that_is_there_is_not_said_to_be_missing(given):
+    with pytest.raises(NoImagesError, match=r"does not exist$"):
+        open_source(given, options=ListingOptions())
