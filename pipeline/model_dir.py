@@ -89,7 +89,7 @@ def write_model_dir(
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     (root / CONFIG).unlink(missing_ok=True)
-    (root / WEIGHTS).write_bytes(save(state))
+    (root / WEIGHTS).write_bytes(save({key: value.contiguous() for key, value in state.items()}))
     (root / LABELS).write_text("".join(f"{category}\n" for category in categories), encoding="utf-8")
     (root / README).write_text(readme, encoding="utf-8")
     (root / PREPROCESSOR).write_text(json.dumps(_describe_preset(preset), indent=2) + "\n")

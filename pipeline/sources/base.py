@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # What `label` takes for an image when it meets a file: the suffixes, in lower case, of the formats that `decode` reads.
 IMAGE_SUFFIXES: Final = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm".split())
 
+# How what --include and --exclude leave out is counted.
+LEFT_OUT: Final = "left out by --include/--exclude"
+
 FileKind = Literal["image", "tar", "zip", "parquet", "manifest"]
 _KINDS: Final[dict[str, FileKind]] = {
     **dict.fromkeys(IMAGE_SUFFIXES, "image"),

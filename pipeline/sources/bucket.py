@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 from pipeline.errors import StorageError
-from pipeline.sources.base import ListedImage, ListingOptions, Source, is_skipped
-from pipeline.sources.pattern import Pattern
-from pipeline.sources.tree import FoundFile, OpenContainer, sort_files
+from pipeline.sources.base import is_skipped
+from pipeline.sources.tree import FoundFile, TreeSource
 from pipeline.storage import Entry, describe, join_key, retry, split_key
 from pipeline.storage.bucket import open_bucket
 
@@ -34,36 +33,15 @@ class _Level(NamedTuple):
     ahead: deque[Listing]
 
 
-class BucketSource:
+class BucketSource(TreeSource):
     """Every image below a key, depth first, the names of each folder in the order of their bytes.
 
     Neighbouring folders are listed at the same time, since a listing mostly waits. A key that may not be listed
     becomes one entry with an `error`, except for the input itself.
     """
 
-    is_folder = True
-
-    def __init__(
-        self, uri: str, *, options: ListingOptions, open_container: OpenContainer, pattern: Pattern | None = None
-    ) -> None:
-        self.uri = uri
-        self.options = options
-        self.pattern = pattern
-        self.may_repeat = pattern is not None and pattern.named_kind in ("manifest", "parquet")
-        self.open_container = open_container
-        self.skipped: Counter[str] = Counter()
-        self._scheme, self._bucket, self._key = split_key(uri)
-
-    def list_images(self) -> Iterator[ListedImage | Source]:
-        return sort_files(
-            self._walk(),
-            options=self.options,
-            pattern=self.pattern,
-            skipped=self.skipped,
-            open_container=self.open_container,
-        )
-
-    def _walk(self) -> Iterator[FoundFile]:
+    def walk(self) -> Iterator[FoundFile]:
+        self._scheme, self._bucket, self._key = split_key(self.uri)
         threads = ThreadPoolExecutor(_LISTING_THREADS, thread_name_prefix="list")
         try:
             yield from self._walk_with(threads)
@@ -87,11 +65,11 @@ class BucketSource:
                 continue
             entry = level.entries.popleft()
             path = f"{level.path}{entry.name}"
-            is_named = level.is_named or (self.pattern is not None and self.pattern.matches(path))
+            is_named = level.is_named or self._is_named(path)
             if entry.kind == "file":
                 folder = level.name.rpartition("/")[2]
                 yield FoundFile(self._uri(path), path, folder, entry.size, is_named=is_named)
-            elif self._is_entered(level, path):
+            else:
                 listing = level.ahead.popleft()
                 self._look_ahead(level, threads)
                 try:
@@ -105,23 +83,16 @@ class BucketSource:
                 levels.append(self._open(f"{path}/", entry.name, is_named, found, threads))
 
     def _open(self, path: str, name: str, is_named: bool, entries: list[Entry], threads: ThreadPoolExecutor) -> _Level:
-        visible = [entry for entry in entries if not is_skipped(entry.name)]
-        level = _Level(path, name, is_named, deque(visible), iter(()), deque())
-        folders = [f"{path}{entry.name}" for entry in visible if entry.kind == "folder"]
-        entered = [folder for folder in folders if self._is_entered(level, folder)]
-        if passed_over := len(folders) - len(entered):
+        output = self.options.output
+        listed = [e for e in entries if not is_skipped(e.name) and self._uri(f"{path}{e.name}") != output]
+        entered = [e for e in listed if e.kind == "file" or is_named or self._may_hold(f"{path}{e.name}")]
+        if passed_over := len(listed) - len(entered):
             self.skipped["folders that the pattern does not match"] += passed_over
-        level = level._replace(unlisted=iter(entered))
+        folders = (f"{path}{entry.name}" for entry in entered if entry.kind == "folder")
+        level = _Level(path, name, is_named, deque(entered), folders, deque())
         for _ in range(_LISTING_THREADS):
             self._look_ahead(level, threads)
         return level
-
-    def _is_entered(self, level: _Level, path: str) -> bool:
-        if self._uri(path) == self.options.output:
-            return False
-        if level.is_named or self.pattern is None:
-            return True
-        return self.pattern.matches(path) or self.pattern.leads_into(path)
 
     def _look_ahead(self, level: _Level, threads: ThreadPoolExecutor) -> None:
         if (path := next(level.unlisted, None)) is not None:

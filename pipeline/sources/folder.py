@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Final, NamedTuple
 
 from pipeline.errors import StorageError
-from pipeline.sources.base import ListedImage, ListingOptions, Source, find_file_kind, find_suffix, is_skipped
-from pipeline.sources.pattern import Pattern
-from pipeline.sources.tree import FoundFile, OpenContainer, sort_files
+from pipeline.sources.base import find_file_kind, find_suffix, is_skipped
+from pipeline.sources.tree import FoundFile, TreeSource
 from pipeline.storage import is_transient, path_to_uri, retry, uri_to_path
 
 # What tells one folder from another, whatever the path that leads there.
@@ -35,7 +33,7 @@ class _Level(NamedTuple):
     entries: Iterator[bytes]
 
 
-class FolderSource:
+class FolderSource(TreeSource):
     """Every image file below a folder, depth first, the names of each folder in the order of their bytes.
 
     Hidden names and `__MACOSX` are skipped. Symlinks are followed and keep their own path, except where they lead
@@ -44,28 +42,7 @@ class FolderSource:
     cannot be read just now ends the listing with a StorageError.
     """
 
-    is_folder = True
-
-    def __init__(
-        self, uri: str, *, options: ListingOptions, open_container: OpenContainer, pattern: Pattern | None = None
-    ) -> None:
-        self.uri = uri
-        self.options = options
-        self.pattern = pattern
-        self.may_repeat = pattern is not None and pattern.named_kind in ("manifest", "parquet")
-        self.open_container = open_container
-        self.skipped: Counter[str] = Counter()
-
-    def list_images(self) -> Iterator[ListedImage | Source]:
-        return sort_files(
-            self._walk(),
-            options=self.options,
-            pattern=self.pattern,
-            skipped=self.skipped,
-            open_container=self.open_container,
-        )
-
-    def _walk(self) -> Iterator[FoundFile]:
+    def walk(self) -> Iterator[FoundFile]:
         output = self.options.output
         self._output_identity = find_identity(uri_to_path(output)) if output else None
         self._behind_two_links: set[_Identity | None] = set()
@@ -89,11 +66,11 @@ class FolderSource:
                 continue
             name, kind = os.fsdecode(entry[:-2]), entry[-2:]
             path = f"{level.relative}{name}"
-            is_named = level.is_named or (self.pattern is not None and self.pattern.matches(path))
+            is_named = level.is_named or self._is_named(path)
             if kind == _FILE:
                 folder = os.path.basename(level.path)
                 yield FoundFile(path_to_uri(os.path.join(level.path, name)), path, folder, is_named=is_named)
-            elif is_named or (self.pattern is not None and self.pattern.leads_into(path)):
+            elif is_named or self._may_hold(path):
                 num_links = level.num_links + (kind == _LINKED_FOLDER)
                 unopened = _Level(os.path.join(level.path, name), f"{path}/", None, num_links, is_named, iter(()))
             else:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from pipeline.errors import NoImagesError, ReadError
-from pipeline.sources.base import ListedImage, ListingOptions
+from pipeline.sources.base import LEFT_OUT, ListedImage, ListingOptions
 from pipeline.sources.table import (
     LABEL_COLUMNS,
     REFERENCE_COLUMNS,
@@ -150,4 +150,4 @@ class ManifestSource:
         if takes_reference(reference, uri, options=self.options):
             yield ListedImage(uri, find_target(to_label(label), uri, options=self.options))
         else:
-            self.skipped["left out by --include/--exclude"] += 1
+            self.skipped[LEFT_OUT] += 1

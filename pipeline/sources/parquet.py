@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline import schema as schemas
 from pipeline.errors import NoImagesError, ReadError, StorageError
-from pipeline.sources.base import ListedImage, ListingOptions
+from pipeline.sources.base import LEFT_OUT, ListedImage, ListingOptions
 from pipeline.sources.table import (
     REFERENCE_COLUMNS,
     find_column,
@@ -88,7 +88,7 @@ class ParquetSource:
             self.skipped[".parquet without pictures in it"] += 1
             return
         if column.form != "reference" and not self.options.selection.takes(self.path):
-            self.skipped["left out by --include/--exclude"] += 1
+            self.skipped[LEFT_OUT] += 1
             return
         yield from self._list_rows(file, column)
 
@@ -123,7 +123,7 @@ class ParquetSource:
         if takes_reference(reference, uri, options=self.options):
             yield ListedImage(uri, find_target(target, uri, options=self.options))
         else:
-            self.skipped["left out by --include/--exclude"] += 1
+            self.skipped[LEFT_OUT] += 1
 
 
 def find_image_column(schema: pa.Schema, wanted: str | None, *, uri: str) -> ImageColumn | None:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from pipeline.errors import ReadError
-from pipeline.sources.base import ListedImage, ListingOptions, find_file_kind, find_suffix, is_skipped
+from pipeline.sources.archive import ArchiveSource, is_hidden
+from pipeline.sources.base import ListedImage
 from pipeline.sources.members import (
     BLOCK,
     CompressedTar,
@@ -28,7 +29,6 @@ from pipeline.sources.members import (
     read_index,
     walk_members,
 )
-from pipeline.sources.tree import find_folder_target
 from pipeline.storage import MAX_IMAGE_BYTES, describe, has_scheme
 from pipeline.storage.ranges import RangeReader
 from pipeline.storage.uri import locate, member_uri
@@ -44,19 +44,8 @@ _SLOW_PASS_S: Final = 1.0
 _JSON_LABELS: Final = ("label_name", "label", "class_name", "class", "cls", "category", "target")
 
 
-class TarSource:
+class TarSource(ArchiveSource):
     """The images of one tar."""
-
-    pattern = None
-    is_folder = False
-    may_repeat = False
-
-    def __init__(self, uri: str, *, path: str, options: ListingOptions) -> None:
-        """`path` is what globs are matched against: where the tar lies below its input."""
-        self.uri = uri
-        self.path = path
-        self.options = options
-        self.skipped: Counter[str] = Counter()
 
     def list_images(self) -> Iterator[ListedImage]:
         names: set[str] = set()
@@ -107,31 +96,19 @@ class TarSource:
         images: list[Member] = []
         target: str | None = None
         for member, content in members:
-            if any(map(is_skipped, member.name.split("/"))):
+            if is_hidden(member.name):
                 continue  # such as macOS puts between an image and its label
             own = _find_key(member.name)
             if own != key or len(images) == _MAX_WAITING:
-                yield from ((image, self._find_target(image, target)) for image in images)
+                yield from ((image, self._find_target(image.name, target)) for image in images)
                 images = []
             if own != key:
                 key, target = own, None
             if content is not None:
                 target = _read_label(member.name, content) or target
-            elif self._is_image(member):
+            elif self._takes(member.name):
                 images.append(member)
-        yield from ((image, self._find_target(image, target)) for image in images)
-
-    def _find_target(self, image: Member, target: str | None) -> str | None:
-        return target or (find_folder_target(image.name) if self.options.target == "folder" else None)
-
-    def _is_image(self, member: Member) -> bool:
-        if find_file_kind(member.name) != "image":
-            self.skipped[find_suffix(member.name)] += 1
-            return False
-        if self.options.selection.takes(member.name, container=self.path):
-            return True
-        self.skipped["left out by --include/--exclude"] += 1
-        return False
+        yield from ((image, self._find_target(image.name, target)) for image in images)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,13 +7,12 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from pipeline.errors import ReadError
-from pipeline.sources.base import ListedImage, ListingOptions, find_file_kind, find_suffix, is_skipped
-from pipeline.sources.tree import find_folder_target
+from pipeline.sources.archive import ArchiveSource, is_hidden
+from pipeline.sources.base import ListedImage
 from pipeline.storage import MAX_IMAGE_BYTES
 from pipeline.storage.ranges import RangeFile, RangeReader
 from pipeline.storage.uri import locate, member_uri
@@ -47,19 +46,8 @@ class _Header(NamedTuple):
     extra_length: int
 
 
-class ZipSource:
+class ZipSource(ArchiveSource):
     """The images of one zip, in the order in which they lie there."""
-
-    pattern = None
-    is_folder = False
-    may_repeat = False
-
-    def __init__(self, uri: str, *, path: str, options: ListingOptions) -> None:
-        """`path` is what globs are matched against: where the zip lies below its input."""
-        self.uri = uri
-        self.path = path
-        self.options = options
-        self.skipped: Counter[str] = Counter()
 
     def list_images(self) -> Iterator[ListedImage]:
         reader = RangeReader(self.uri, retries=self.options.retries)
@@ -77,24 +65,19 @@ class ZipSource:
                 self.skipped["listed twice"] += 1
                 continue
             uris.add(uri)
-            target = find_folder_target(member.filename) if self.options.target == "folder" else None
+            target = self._find_target(member.filename)
             if (fault := _find_fault(member, reader.size)) is not None:
                 yield ListedImage(uri, target, str(fault))
             else:
                 yield ListedImage(uri, target, None, offset, member.compress_size)
 
     def _is_image(self, member: zipfile.ZipInfo) -> bool:
-        if member.is_dir() or any(map(is_skipped, member.filename.split("/"))):
+        if member.is_dir() or is_hidden(member.filename):
             return False
         if not _is_regular(member):
             self.skipped["link" if stat.S_ISLNK(member.external_attr >> 16) else "special file"] += 1
-        elif find_file_kind(member.filename) != "image":
-            self.skipped[find_suffix(member.filename)] += 1
-        elif not self.options.selection.takes(member.filename, container=self.path):
-            self.skipped["left out by --include/--exclude"] += 1
-        else:
-            return True
-        return False
+            return False
+        return self._takes(member.filename)
 
 
 def read_directory(reader: RangeReader) -> list[zipfile.ZipInfo]:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.errors import ModelError
 from pipeline.model_dir import is_model_dir, read_labels, read_model_dir, write_model_dir
@@ -70,6 +71,14 @@ def test_files_that_make_no_sense_are_a_clear_error(model_dir, name, content):
 def test_labels_keep_their_order_and_lose_the_last_line_break(tmp_path):
     (tmp_path / "labels.txt").write_text("zebra\r\nant \nbee\n\n")
     assert read_labels(tmp_path / "labels.txt") == ("zebra", "ant", "bee")
+
+
+def test_weights_in_another_memory_format_are_written(tmp_path):
+    weight = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    write_model_dir(
+        str(tmp_path), architecture="a", arguments={}, state={"w": weight}, categories=(), preset=PRESET, readme=""
+    )
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], weight)
 
 
 def test_category_with_a_line_break_cannot_be_written(tmp_path):

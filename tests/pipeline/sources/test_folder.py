@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 import time
 import tracemalloc
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -24,7 +23,7 @@ from pipeline.sources import ListedImage, ListingOptions, Selection, Source, ope
 from pipeline.sources.file import FileSource
 from pipeline.sources.folder import FolderSource
 from pipeline.sources.pattern import Pattern
-from pipeline.sources.tree import FoundFile, sort_files
+from pipeline.sources.tree import FoundFile, TreeSource
 from pipeline.storage import path_to_uri, uri_to_path
 
 SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm".split()
@@ -328,10 +327,12 @@ def test_target_of_a_linked_folder_is_the_links_name(tmp_path):
 
 
 def test_image_in_no_folder_has_no_target():
-    file = FoundFile("/a.jpg", "a.jpg", os.path.basename("/"))
-    options = ListingOptions(target="folder")
-    (image,) = sort_files([file], options=options, pattern=None, skipped=Counter(), open_container=open_container)
-    assert image == ListedImage("/a.jpg")
+    class Root(TreeSource):
+        def walk(self):
+            yield FoundFile("/a.jpg", "a.jpg", os.path.basename("/"))
+
+    source = Root("/", options=ListingOptions(target="folder"), open_container=open_container)
+    assert list(source.list_images()) == [ListedImage("/a.jpg")]
 
 
 # A target is a label and no URI: what is encoded would match no category of that name.
