@@ -121,7 +121,7 @@ def list_registered() -> list[str]:
 
 def _open_registered(name: str, weights: str, labels: tuple[str, ...] | None, overrides: dict[str, Any]) -> Model:
     if name not in list_registered():
-        raise ModelError(_describe_unknown(name))
+        raise ModelError(describe_unknown(name))
     members = zoo.get_model_weights(name).__members__
     is_file = weights.lower() != "none" and weights not in members
     entry = members["DEFAULT" if is_file or weights.lower() == "none" else weights]
@@ -176,7 +176,7 @@ def _open_model_dir(path: str, weights: str, labels: tuple[str, ...] | None, ove
             f"--model {found.architecture} --weights {found.weights_path} --labels {found.path / 'labels.txt'}"
         )
     if found.architecture not in list_registered():
-        raise ModelError(f"model directory {path!r}: {_describe_unknown(found.architecture)}")
+        raise ModelError(f"model directory {path!r}: {describe_unknown(found.architecture)}")
     if forbidden := _FORBIDDEN_ARGUMENTS & found.arguments.keys():
         raise ModelError(f"model directory {path!r} has arguments that it may not have: {sorted(forbidden)}")
     categories = labels or found.categories
@@ -367,7 +367,8 @@ def _preset_of(entry: Any) -> Preset:
     )
 
 
-def _describe_unknown(name: str) -> str:
+def describe_unknown(name: str) -> str:
+    """Why there is no model of that name, with the names that come close."""
     if "/" in name or name.startswith("."):
         return f"there is no model directory at {name!r}: no config.json there"
     return (

@@ -29,11 +29,10 @@ _SHOWN: Final = 3
 
 def download_weights(entry: Any) -> str:
     """The file of published weights, from PyTorch's cache or, once, from the network."""
-    file_name = os.path.basename(entry.url)
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, file_name)
+    path = _find_cache_path(entry)
     if os.path.isfile(path):
         return path
+    folder, file_name = os.path.split(path)
     prefix = re.search(r"-([0-9a-f]{8,})\.", file_name)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -46,6 +45,15 @@ def download_weights(entry: Any) -> str:
             f"or name any copy of the file: --weights path/to/{file_name}"
         ) from error
     return path
+
+
+def is_downloaded(entry: Any) -> bool:
+    """Whether the file of published weights lies in PyTorch's cache."""
+    return os.path.isfile(_find_cache_path(entry))
+
+
+def _find_cache_path(entry: Any) -> str:
+    return os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(entry.url))
 
 
 def read_weights(path: str) -> tuple[StateDict, str]:

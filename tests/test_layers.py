@@ -10,7 +10,16 @@ HEAVY = "{name.split('.')[0] for name in sys.modules} & {'torch', 'torchvision',
 
 @pytest.mark.parametrize(
     "module",
-    ["jobs.__main__", "jobs.label", "jobs.inspect", "jobs.demo", "pipeline.summary", "pipeline.run", "pipeline.commit"],
+    [
+        "jobs.__main__",
+        "jobs.label",
+        "jobs.inspect",
+        "jobs.models",
+        "jobs.demo",
+        "pipeline.summary",
+        "pipeline.run",
+        "pipeline.commit",
+    ],
 )
 def test_commands_start_without_torch_and_ray(module):
     code = f"import sys, {module}; loaded = {HEAVY}; sys.exit(str(loaded) if loaded else 0)"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import io
 import random
+import tarfile
 from urllib.parse import unquote
 
 import pytest
@@ -180,6 +182,20 @@ def test_folders_are_listed_at_the_same_time(faulty_s3, bucket, put_tree):
     images = list_items(f"s3://{bucket}/in")
     assert not barrier.broken
     assert names(images, f"s3://{bucket}/in") == [f"{number:02d}/a.jpg" for number in range(40)]
+
+
+def test_tars_are_indexed_at_the_same_time_and_listed_in_their_order(faulty_s3, bucket, put_object):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+    for number in range(70):
+        put_object(f"in/{number:02d}.tar", content.getvalue())
+    barrier = faulty_s3.gather(64, method="GET", path=r"/in/\d+\.tar")
+    images = list(Inputs((f"s3://{bucket}/in",), options=ListingOptions()).list_images())
+    assert not barrier.broken
+    assert [image.uri for image in images] == [
+        f"tar://a.jpg::s3://{bucket}/in/{number:02d}.tar" for number in range(70)
+    ]
 
 
 def test_listing_that_is_given_up_stops_asking(faulty_s3, bucket, put_tree):
