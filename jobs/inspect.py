@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.listing import Inputs
 from pipeline.plan import find_shard_size
 from pipeline.summary import Summary, summarise
-from pipeline.terminal import Progress, escape_controls, format_bytes
+from pipeline.terminal import Progress, describe_counts, escape_controls, format_bytes
 
 _SHOWN_LABELS: Final = 10
 _WORDS: Final = {
@@ -68,13 +68,13 @@ def describe(summary: Summary, inputs: Inputs) -> str:
     lines = [
         f"images   {summary.num_images - summary.num_errors:,}: {', '.join(places) or 'none that can be read'}",
         f"bytes    {_describe_bytes(summary)}",
-        f"formats  {_describe_counts(summary.formats)}",
+        f"formats  {describe_counts(summary.formats)}",
         f"labels   {_describe_labels(summary)}",
         f"shards   {num_shards:,} of up to {largest:,} images",
     ]
     if inputs.num_repeated:
         lines.append(f"repeated {inputs.num_repeated:,} times an image is named that was named before; it is read once")
-    lines += [f"skipped  {_describe_counts(inputs.skipped)}"] if inputs.skipped else []
+    lines += [f"skipped  {describe_counts(inputs.skipped)}"] if inputs.skipped else []
     if summary.num_errors:
         lines.append(f"unread   {summary.num_errors:,} that become failed rows:")
         lines += [f"  {uri}: {error}" for uri, error in summary.errors.items()]
@@ -109,10 +109,6 @@ def _describe_labels(summary: Summary) -> str:
 def _describe_bytes(summary: Summary) -> str:
     known = format_bytes(summary.num_bytes)
     return f"{known}, with {summary.num_unsized:,} of unknown size" if summary.num_unsized else known
-
-
-def _describe_counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counts.most_common()) or "none"
 
 
 def main(arguments: list[str]) -> int:

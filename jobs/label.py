@@ -44,7 +44,15 @@ from pipeline.sources import normalise_input
 from pipeline.sources.base import find_file_kind
 from pipeline.storage import Folder, as_filesystem, normalise
 from pipeline.summary import summarise
-from pipeline.terminal import Progress, Rate, format_seconds, open_terminal, quote_for_shell, quote_for_sql
+from pipeline.terminal import (
+    Progress,
+    Rate,
+    describe_counts,
+    format_seconds,
+    open_terminal,
+    quote_for_shell,
+    quote_for_sql,
+)
 
 if TYPE_CHECKING:
     import pyarrow.dataset
@@ -350,6 +358,8 @@ def _list_images(
     )
     for notice in inputs.notices:
         progress.notice(notice)
+    if inputs.skipped:
+        progress.notice(f"passed over: {describe_counts(inputs.skipped)}")
     if inputs.num_repeated:
         progress.notice(f"{inputs.num_repeated:,} images are named more than once, and labelled once")
     return listing

@@ -13,6 +13,7 @@ import shlex
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ REDRAW_S: Final = 0.2
 PLAIN_LINE_S: Final = 30.0
 _ERASE: Final = "\r\x1b[K"
 _USUAL_COLUMNS: Final = 80
+_SHOWN_COUNTS: Final = 12
 # The rate over about this long is shown: steady, and still true after the batch size or the cluster has changed.
 _RATE_WINDOW_S: Final = 60.0
 
@@ -68,7 +70,7 @@ class Progress:
     def notice(self, text: str) -> None:
         """A line that stays."""
         if not self._is_quiet:
-            self._write(f"{_ERASE if self._is_terminal else ''}{text}\n")
+            self._write(f"{_ERASE if self._is_terminal else ''}{escape_controls(text)}\n")
 
     def _run(self) -> None:
         last = ""
@@ -178,6 +180,14 @@ def format_seconds(seconds: float) -> str:
         return f"{rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{minutes} min {rest:02d} s" if hours == 0 else f"{hours:,} h {minutes:02d} min"
+
+
+def describe_counts(counts: Counter[str]) -> str:
+    """`12 .heic, 3 .txt`, the most frequent first; `none` where there are none."""
+    shown = [f"{count:,} {name}" for name, count in counts.most_common(_SHOWN_COUNTS)]
+    if more := len(counts) - len(shown):
+        shown.append(f"and of {more:,} more kinds")
+    return ", ".join(shown) or "none"
 
 
 def format_bytes(count: int) -> str:

@@ -72,6 +72,7 @@ class Reader(Protocol):
 # ---------------------------------------------------------------------------------------------------------------
 # Walking over headers
 
+_LINKS: Final = {tarfile.LNKTYPE: "hard link", tarfile.SYMTYPE: "symbolic link"}
 _EXTRA_TYPES: Final = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -121,7 +122,7 @@ def walk_members(
         member = entry.member
         if not entry.is_regular:
             if entry.kind != tarfile.DIRTYPE:
-                skipped["link" if entry.kind in (tarfile.LNKTYPE, tarfile.SYMTYPE) else "special file"] += 1
+                skipped[_LINKS.get(entry.kind, "special file")] += 1
         elif wants(member):
             if len(content := reader.read_at(member.data, member.size)) == member.size:
                 yield member, content

@@ -75,7 +75,7 @@ class ZipSource(ArchiveSource):
         if member.is_dir() or is_hidden(member.filename):
             return False
         if not _is_regular(member):
-            self.skipped["link" if stat.S_ISLNK(member.external_attr >> 16) else "special file"] += 1
+            self.skipped["symbolic link" if stat.S_ISLNK(member.external_attr >> 16) else "special file"] += 1
             return False
         return self._takes(member.filename)
 

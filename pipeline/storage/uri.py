@@ -21,7 +21,7 @@ _AMBIGUOUS: Final = re.compile(r"%|#|::|:\Z|\x00|[\ud800-\udfff]")
 _SCHEME: Final = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _MEMBER_SCHEMES: Final = ("tar", "zip")
 # Of an offset or a row: enough for every file, and what fits into 64 bits.
-_MAX_DIGITS: Final = 18
+_MAX_DIGITS: Final = 19
 
 
 def has_scheme(uri: str) -> bool:
@@ -116,7 +116,7 @@ def locate(uri: str) -> Location:
 
 
 def _is_number(text: str) -> bool:
-    return text.isdecimal() and len(text) <= _MAX_DIGITS
+    return text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS
 
 
 def container_of(uri: str) -> str:

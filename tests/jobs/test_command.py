@@ -79,6 +79,7 @@ def make():
 def test_run_prints_one_document_and_none_of_rays_chatter(nightshift, make_images, tmp_path):
     """A model of the user's own beside the command, a run, and the same command again."""
     make_images(tmp_path / "images", 70)
+    (tmp_path / "images" / "phone.heic").touch()
     (tmp_path / "my_net.py").write_text(FACTORY)
     command = ("label", "images", "-o", "out", "--model", "my_net:make", "--json")
     done = nightshift(*command)
@@ -89,7 +90,9 @@ def test_run_prints_one_document_and_none_of_rays_chatter(nightshift, make_image
     assert account["throughput"]["images_per_s"] > 0
     assert account["throughput"]["seconds"] > account["invocations"][0]["active_seconds"]
     assert (tmp_path / "out/_SUCCESS").read_bytes() == b""
-    assert all(line.startswith(("loading", "starting")) or " images" in line for line in done.stderr.splitlines())
+    assert "passed over: 1 .heic" in done.stderr.splitlines()
+    chatter = ("loading", "starting", "passed over")
+    assert all(line.startswith(chatter) or " images" in line for line in done.stderr.splitlines())
     assert {row["label"] for row in pq.read_table(tmp_path / "out/predictions").to_pylist()} <= set("0123456")
 
     began = time.monotonic()

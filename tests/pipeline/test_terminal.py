@@ -14,12 +14,13 @@ import subprocess
 import sys
 import termios
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from pipeline import terminal
-from pipeline.terminal import Progress, Rate, format_seconds, open_terminal, redirect_output
+from pipeline.terminal import Progress, Rate, describe_counts, format_seconds, open_terminal, redirect_output
 
 REPOSITORY = Path(__file__).parents[2]
 ERASE = "\r\x1b[K"
@@ -265,6 +266,7 @@ def test_terminal_that_is_gone_does_not_end_the_run():
 
 NOISY = """
 import os, subprocess, sys
+from collections import Counter
 from pathlib import Path
 from pipeline.terminal import redirect_output
 
@@ -401,3 +403,16 @@ def test_progress_of_a_job_is_on_stderr(tmp_path):
     run = run_script(script, str(tmp_path / "log"), "quiet")
     assert (run.stdout, run.stderr) == (b"", b"")
     assert (tmp_path / "log").read_bytes() == b""
+
+
+def test_counts_are_told_most_frequent_first_and_not_without_end():
+    assert describe_counts(Counter({".txt": 3, ".heic": 1200})) == "1,200 .heic, 3 .txt"
+    assert describe_counts(Counter()) == "none"
+    many = describe_counts(Counter({f".{number}": 1 for number in range(100)}))
+    assert many.endswith(", and of 88 more kinds")
+
+
+def test_notice_cannot_command_the_terminal():
+    stream = io.StringIO()
+    Progress(stream).notice("passed over: 1 .\x1b[2J")
+    assert stream.getvalue() == "passed over: 1 .\\x1b[2J\n"

@@ -261,7 +261,7 @@ def test_what_is_no_regular_file_is_skipped_and_counted(list_bytes, fetch_all, f
     images, skipped = list_bytes(make_zip(members))
     assert names_of(images) == ["a.jpg"]
     assert fetch_all(images) == fetch_by_uri(images) == [b"1"]
-    assert skipped == {"link": 1, "special file": 1, ".md": 1}
+    assert skipped == {"symbolic link": 1, "special file": 1, ".md": 1}
 
 
 def test_include_exclude_and_target_are_heeded(list_bytes):
