@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from typing import Final
 
-from jobs.cli import run_command
+from jobs.cli import leave, run_command
 
 COMMANDS: Final = {
     "label": "label every image of an archive with a pretrained model",
@@ -36,7 +36,7 @@ def main() -> None:
         case ["--version"]:
             print(importlib.metadata.version("nightshift-runner"))
         case [name, *arguments] if name in COMMANDS:
-            sys.exit(run_command(importlib.import_module(f"jobs.{name}").main, arguments))
+            leave(run_command(importlib.import_module(f"jobs.{name}").main, arguments))
         case [name, *_]:
             print(f"error: unknown command {name!r}\n\n{_USAGE}", file=sys.stderr)
             sys.exit(2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import tyro
 import yaml
@@ -17,7 +20,8 @@ from pipeline.errors import ConfigError, PipelineError
 
 Config = TypeVar("Config")
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 
 
 def parse(kind: type[Config], arguments: list[str], *, command: str, description: str) -> Config:
@@ -55,6 +59,17 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except KeyboardInterrupt as interrupt:  # before or after the work itself, which says what it has kept
         print("stopped", file=sys.stderr)
         return int(interrupt.args[0]) + 128 if interrupt.args else EXIT_INTERRUPTED
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; after an interrupt without waiting for threads that wait for a store."""
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or with nobody to read it
+                stream.flush()
+        atexit._run_exitfuncs()  # Ray's among them, which ends what it has started
+        os._exit(code)
+    sys.exit(code)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jobs import label
-from jobs.cli import parse, run_command
+from jobs.cli import leave, parse, run_command
 from jobs.label import LabelConfig, LabelResult
 from pipeline.errors import ConfigError, OutputError, PipelineError
 from pipeline.run import open_run_folder
@@ -315,4 +315,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    leave(run_command(main, sys.argv[1:]))

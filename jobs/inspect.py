@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final
 
 import tyro
 
-from jobs.cli import parse, run_command
+from jobs.cli import leave, parse, run_command
 from jobs.inputs import InputConfig
 from pipeline.errors import ConfigError
 from pipeline.listing import Inputs
@@ -121,4 +121,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    leave(run_command(main, sys.argv[1:]))

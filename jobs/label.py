@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import psutil
 import tyro
 
-from jobs.cli import parse, run_command
+from jobs.cli import leave, parse, run_command
 from jobs.inputs import InputConfig
 from pipeline import plan as plans
 from pipeline.commit import PREDICTIONS_DIR, Counts, find_committed, sweep_foreign
@@ -603,4 +603,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    leave(run_command(main, sys.argv[1:]))

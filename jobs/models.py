@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal
 
 import tyro
 
-from jobs.cli import parse, run_command
+from jobs.cli import leave, parse, run_command
 from pipeline.errors import ModelError
 
 _NO_FIGURE: Final = "-"
@@ -156,4 +156,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    leave(run_command(main, sys.argv[1:]))

@@ -153,9 +153,12 @@ def _open_sources(given: tuple[str, ...], options: ListingOptions) -> list[Sourc
         except NoImagesError as error:
             return str(error)
 
-    # To see whether an object is there costs a request.
-    with ThreadPoolExecutor(_REMOTE_CONTAINERS_AHEAD if any(map(has_scheme, named)) else 1) as threads:
+    # To see whether an object is there costs a request, and an interrupt must not wait for its answer.
+    threads = ThreadPoolExecutor(_REMOTE_CONTAINERS_AHEAD if any(map(has_scheme, named)) else 1)
+    try:
         opened = dict(zip(named, threads.map(open_one, named.values()), strict=True))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
     faults = [fault for fault in opened.values() if isinstance(fault, str)]
     if (more := len(faults) - _SHOWN_FAULTS) > 0:
         faults[_SHOWN_FAULTS:] = [f"and {more:,} more inputs that cannot be read"]

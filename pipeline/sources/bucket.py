@@ -52,7 +52,7 @@ class BucketSource(TreeSource):
         if self.uri == self.options.output:
             return
         try:
-            entries = self._list_folder("")
+            entries = threads.submit(self._list_folder, "").result()  # which an interrupt can end, unlike the call
         except FileNotFoundError:  # an empty bucket has no folders
             return
         except OSError as error:

@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +86,19 @@ def test_traceback_comes_only_when_asked_for(capsys):
 
     run_command(main, ["-v"])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt_does_not_wait_for_a_thread_that_waits_for_ever():
+    """As for the answer of a store that has stalled; what was registered for the end still happens."""
+    program = (
+        "import atexit, threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from jobs.cli import leave, run_command\n"
+        "def main(arguments):\n"
+        "    ThreadPoolExecutor(1).submit(threading.Event().wait)\n"
+        "    raise KeyboardInterrupt\n"
+        "atexit.register(print, 'cleaned up', flush=True)\n"
+        "leave(run_command(main, []))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "stopped\n")
