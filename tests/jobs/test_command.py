@@ -104,9 +104,8 @@ def test_run_prints_one_document_and_none_of_rays_chatter(nightshift, make_image
     assert not loaded & {"torch", "ray"}
 
 
-@pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_stops_cleanly_and_is_continued(number, exit_code, nightshift, tiny_model_dir, tmp_path):
     """Images that take a while each, so that the signal comes in the middle of the work."""
     images = tmp_path / "images"

@@ -183,6 +183,7 @@ def test_broken_and_hostile_members_are_rows_and_nothing_leaves_the_archive(arch
     assert sorted(os.listdir(inputs)) == ["bomb.zip", "cut.parquet", "cut.tar", "cut.tar.gz", "names.tar", "no.zip"]
 
 
+@pytest.mark.slow
 def test_decoding_on_other_nodes_reads_archives_alike(archives, config, tmp_path):
     inputs = (str(archives / "kept"),)
     fused = run(replace(config, inputs=inputs))

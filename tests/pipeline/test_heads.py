@@ -66,6 +66,7 @@ def mobilenet():
 # Torchvision's classifiers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_registered())
 def test_every_torchvision_classifier_gets_a_head_of_its_own_and_keeps_its_other_weights(name):
     network = models._build_network(name, QUICK.get(name, {})).to("meta")
