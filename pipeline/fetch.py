@@ -21,7 +21,7 @@ from pipeline.sources.tar import read_member as read_tar_member
 from pipeline.sources.tar import read_members
 from pipeline.sources.zip import find_member as find_zip_member
 from pipeline.sources.zip import read_member as read_zip_member
-from pipeline.storage import describe, has_scheme, open_store, retry
+from pipeline.storage import has_scheme, open_store, retry, to_read_error
 from pipeline.storage.ranges import RangeReader
 from pipeline.storage.uri import Location, locate
 
@@ -60,7 +60,7 @@ class Fetcher:
         try:
             return self._read(image)
         except OSError as error:
-            raise ReadError(*describe(error), attempts=getattr(error, "attempts", 1)) from error
+            raise to_read_error(error) from error
         except StorageError as error:  # a manifest may name a store that nothing here can read
             raise ReadError("NoStore", str(error)) from error
 

@@ -14,6 +14,7 @@ from pipeline.errors import NoImagesError, ReadError, StorageError
 from pipeline.seen import SeenUris
 from pipeline.sources import ListedImage, ListingOptions, Source, expand_braces, normalise_input, open_source
 from pipeline.sources.base import IMAGE_SUFFIXES
+from pipeline.sources.tree import TreeSource
 from pipeline.storage import describe, has_scheme, is_transient
 
 _SHOWN_SUFFIXES: Final = 8
@@ -122,7 +123,7 @@ class Inputs:
             is_empty = False
             yield item
         self.skipped += source.skipped
-        if is_empty and source.pattern is not None:
+        if is_empty and isinstance(source, TreeSource) and source.pattern is not None:
             raise _nothing_found([f"{source.uri.rstrip('/')}/{source.pattern.text}"], source.skipped)
 
     def _finish(self, item: ListedImage | tuple[Source, Future[_Begun]]) -> Iterator[ListedImage]:

@@ -11,7 +11,6 @@ from pipeline.sources.tree import find_folder_target
 class ArchiveSource:
     """The images of one archive."""
 
-    pattern = None
     is_folder = False
     may_repeat = False
 

@@ -7,12 +7,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from wcmatch import glob
-
-if TYPE_CHECKING:
-    from pipeline.sources.pattern import Pattern
 
 # What `label` takes for an image when it meets a file: the suffixes, in lower case, of the formats that `decode` reads.
 IMAGE_SUFFIXES: Final = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm".split())
@@ -57,11 +54,6 @@ class Source(Protocol):
     is_folder: bool
     may_repeat: bool
     """Whether it only names images, which other sources may hold or name as well."""
-
-    @property
-    def pattern(self) -> Pattern | None:
-        """What a folder's files have to match, where a glob named it."""
-        ...
 
     def list_images(self) -> Iterator[ListedImage | Source]:
         """All images, and the containers met among them, in the source's own stable order.

@@ -13,7 +13,6 @@ from pipeline.storage import uri_to_path
 class FileSource:
     """One file that the user named: it takes part whatever its suffix says."""
 
-    pattern = None
     is_folder = False
     may_repeat = False
 

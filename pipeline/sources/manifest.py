@@ -40,7 +40,6 @@ _UTF16_MARKS: Final = ("\udcff\udcfe", "\udcfe\udcff")
 class ManifestSource:
     """The images that one manifest names: `.csv` and `.tsv` with a header, `.jsonl`, or `.txt` with a name a line."""
 
-    pattern = None
     is_folder = False
     may_repeat = True
 

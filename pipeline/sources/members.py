@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import pyarrow as pa
 
 from pipeline.errors import ReadError
-from pipeline.storage import is_transient
+from pipeline.storage import is_from_store, is_transient
 from pipeline.storage.ranges import RangeFile, RangeReader
 
 BLOCK: Final = tarfile.BLOCKSIZE
@@ -337,7 +337,7 @@ class CompressedTar:
         try:
             content: bytes = self._stream.read(length)
         except OSError as error:
-            if error.errno is not None or hasattr(error, "attempts"):  # from the store, not about the content
+            if is_from_store(error):
                 raise
             raise Damage(self._position, f"its compressed bytes are broken ({error})") from error
         self._position += len(content)

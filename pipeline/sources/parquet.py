@@ -28,7 +28,7 @@ from pipeline.sources.table import (
     takes_reference,
     to_label,
 )
-from pipeline.storage import MAX_IMAGE_BYTES, describe, open_store, retry
+from pipeline.storage import MAX_IMAGE_BYTES, is_from_store, open_store, retry, to_read_error, too_large
 from pipeline.storage.ranges import RangeFile, RangeReader
 from pipeline.storage.uri import locate, row_uri
 
@@ -55,7 +55,6 @@ class ImageColumn(NamedTuple):
 class ParquetSource:
     """The rows of one file."""
 
-    pattern = None
     is_folder = False
 
     def __init__(self, uri: str, *, path: str, options: ListingOptions, is_named: bool) -> None:
@@ -71,7 +70,7 @@ class ParquetSource:
         try:
             yield from self._list()
         except _DAMAGE as error:
-            if _is_from_store(error):
+            if is_from_store(error):
                 raise
             yield ListedImage(self.uri, error=str(_explain(error)))
 
@@ -212,7 +211,7 @@ def _read_cell(cell: pa.Scalar, table: str, *, retries: int) -> bytes | ReadErro
     if not isinstance(value, bytes):
         return ReadError("NoImage", "the row holds no bytes")
     if len(value) > MAX_IMAGE_BYTES:
-        return ReadError("FileTooLarge", f"{len(value):,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}")
+        return too_large(len(value))
     return value
 
 
@@ -237,16 +236,11 @@ def _open(uri: str, *, retries: int) -> pq.ParquetFile:
     return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
 
 
-def _is_from_store(error: Exception) -> bool:
-    """Whether an error is about reading the file, and not about what stands in it."""
-    return isinstance(error, OSError) and (error.errno is not None or hasattr(error, "attempts"))
-
-
 def _explain(error: Exception) -> ReadError:
     if isinstance(error, ReadError):
         return error
-    if isinstance(error, OSError) and _is_from_store(error):
-        return ReadError(*describe(error), attempts=getattr(error, "attempts", 1))
+    if is_from_store(error):
+        return to_read_error(error)
     return ReadError("BadParquet", str(error))
 
 

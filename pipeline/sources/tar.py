@@ -29,7 +29,7 @@ from pipeline.sources.members import (
     read_index,
     walk_members,
 )
-from pipeline.storage import MAX_IMAGE_BYTES, describe, has_scheme
+from pipeline.storage import MAX_IMAGE_BYTES, has_scheme, to_read_error, too_large
 from pipeline.storage.ranges import RangeReader
 from pipeline.storage.uri import locate, member_uri
 
@@ -67,7 +67,7 @@ class TarSource(ArchiveSource):
             yield ListedImage(
                 member_uri("tar", member.name, self.uri, offset=member.offset if is_repeated else None),
                 target,
-                str(_too_large(member.size)) if member.size > MAX_IMAGE_BYTES else None,
+                str(too_large(member.size)) if member.size > MAX_IMAGE_BYTES else None,
                 member.offset,
                 member.size,
                 0 if compression else None,
@@ -163,7 +163,7 @@ def read_members(
     except ReadError as error:
         reason = error
     except OSError as error:
-        reason = ReadError(*describe(error), attempts=getattr(error, "attempts", 1))
+        reason = to_read_error(error)
     yield from ((image, reason) for image in remaining)
 
 
@@ -177,15 +177,11 @@ def find_member(uri: str, *, retries: int) -> ListedImage:
         for member, _ in walk_members(reader, Counter(), wants=lambda member: False):
             if member.name == location.member and location.offset in (None, member.offset):
                 if member.size > MAX_IMAGE_BYTES:
-                    raise _too_large(member.size)
+                    raise too_large(member.size)
                 return ListedImage(uri, offset=member.offset, size=member.size)
     except Damage as damage:
         raise damage.to_error() from damage
     raise ReadError("MemberNotFound", f"{location.container} has no member {location.member!r}")
-
-
-def _too_large(size: int) -> ReadError:
-    return ReadError("FileTooLarge", f"{size:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from pipeline.errors import ReadError
 from pipeline.sources.archive import ArchiveSource, is_hidden
 from pipeline.sources.base import ListedImage
-from pipeline.storage import MAX_IMAGE_BYTES
+from pipeline.storage import MAX_IMAGE_BYTES, too_large
 from pipeline.storage.ranges import RangeFile, RangeReader
 from pipeline.storage.uri import locate, member_uri
 
@@ -145,7 +145,7 @@ def _find_fault(member: zipfile.ZipInfo, archive_size: int) -> ReadError | None:
     if (fault := _find_method_fault(member.flag_bits, member.compress_type)) is not None:
         return fault
     if size > MAX_IMAGE_BYTES:
-        return ReadError("FileTooLarge", f"{size:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}")
+        return too_large(size)
     if member.file_size > MAX_RATIO * max(member.compress_size, 1):
         return ReadError("ZipBomb", f"{member.compress_size:,} bytes claim to be {member.file_size:,}")
     if not 0 <= member.header_offset < archive_size:

@@ -6,9 +6,9 @@ import os
 
 import pyarrow.fs as pafs
 
-from pipeline.storage.base import MAX_IMAGE_BYTES, Entry, Folder, Kind, Store
+from pipeline.storage.base import MAX_IMAGE_BYTES, Entry, Folder, Kind, Store, too_large
 from pipeline.storage.local import LocalFolder, LocalStore
-from pipeline.storage.retry import describe, is_transient, retry
+from pipeline.storage.retry import describe, is_from_store, is_transient, retry, to_read_error
 from pipeline.storage.uri import has_scheme, join_key, path_to_uri, split_key, uri_to_path
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "as_filesystem",
     "describe",
     "has_scheme",
+    "is_from_store",
     "is_transient",
     "join_key",
     "normalise",
@@ -30,6 +31,8 @@ __all__ = [
     "path_to_uri",
     "retry",
     "split_key",
+    "to_read_error",
+    "too_large",
     "uri_to_path",
 ]
 

@@ -7,6 +7,8 @@ from typing import BinaryIO, Final, Literal, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from pipeline.errors import ReadError
+
 # A file that claims to be an image and is larger than this is not read: it would not fit beside others in memory.
 MAX_IMAGE_BYTES: Final = 512 * 1024 * 1024
 
@@ -86,3 +88,8 @@ class Folder(Protocol):
     def exclude_others(self, name: str) -> AbstractContextManager[None]:
         """A block that one process at a time is in, for each `name`, as far as the store can see to that."""
         ...
+
+
+def too_large(size: int) -> ReadError:
+    """Why an image of `size` bytes, more than MAX_IMAGE_BYTES, is not read."""
+    return ReadError("FileTooLarge", f"{size:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}")

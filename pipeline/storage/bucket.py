@@ -19,8 +19,8 @@ from typing import BinaryIO, Final, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.errors import ReadError, StorageError
-from pipeline.storage.base import MAX_IMAGE_BYTES, Entry, Kind
+from pipeline.errors import StorageError
+from pipeline.storage.base import MAX_IMAGE_BYTES, Entry, Kind, too_large
 from pipeline.storage.ranges import RangeFile, RangeReader
 from pipeline.storage.retry import StoreError, as_os_errors, is_transient, retry
 from pipeline.storage.uri import encode, split_key
@@ -72,7 +72,7 @@ class BucketStore:
     def read(self, uri: str) -> bytes:
         with self.open_file(uri) as file:
             if (size := file.size()) > MAX_IMAGE_BYTES:
-                raise ReadError("FileTooLarge", f"{size:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}")
+                raise too_large(size)
             return bytes(file.read())
 
     @as_os_errors()

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from pipeline.errors import ReadError
-from pipeline.storage.base import MAX_IMAGE_BYTES, Kind
+from pipeline.storage.base import MAX_IMAGE_BYTES, Kind, too_large
 from pipeline.storage.uri import path_to_uri, uri_to_path
 
 
@@ -28,7 +28,7 @@ class LocalStore:
         with _open_regular(uri_to_path(uri)) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_IMAGE_BYTES:
-                raise ReadError("FileTooLarge", f"{size:,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}")
+                raise too_large(size)
             return file.read()
 
     def open_file(self, uri: str) -> pa.NativeFile:

@@ -17,14 +17,12 @@ class RangeReader:
 
         self.uri = uri
         self._retries = retries
-        self._file, self.attempts = retry(lambda: open_store(uri).open_file(uri), retries=retries)
+        self._file = retry(lambda: open_store(uri).open_file(uri), retries=retries)[0]
         self.size: int = retry(self._file.size, retries=retries)[0]
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes from `offset`; fewer only at the end of the file."""
-        content, attempts = self.read_counted(offset, length)
-        self.attempts = max(self.attempts, attempts)
-        return content
+        return self.read_counted(offset, length)[0]
 
     def read_counted(self, offset: int, length: int) -> tuple[bytes, int]:
         """The same, and how many attempts it took."""

@@ -8,7 +8,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from typing import Final, TypeGuard, TypeVar
 
 from pipeline.errors import PipelineError, ReadError
 
@@ -101,6 +101,14 @@ def is_transient(error: OSError) -> bool:
     return error.errno is None and _TRANSIENT_ANSWER.search(str(error)) is not None
 
 
+def is_from_store(error: Exception) -> TypeGuard[OSError]:
+    """Whether an error is about reading a file, and not about what stands in it.
+
+    Those have a number, or attempts that `retry` counted; what a library finds wrong with the content has neither.
+    """
+    return isinstance(error, OSError) and (error.errno is not None or hasattr(error, "attempts"))
+
+
 def describe(error: OSError) -> tuple[str, str]:
     """What went wrong, as a type in one word and a message: `AccessDenied` where a store gave that answer."""
     message = " ".join((error.strerror or str(error)).split())  # some answers have several lines
@@ -112,3 +120,8 @@ def describe(error: OSError) -> tuple[str, str]:
             return f"HTTP{status}", message
         return "".join(word.capitalize() for word in (code or google).split("_")), message
     return type(error).__name__, message
+
+
+def to_read_error(error: OSError) -> ReadError:
+    """The same as the reason why an image cannot be had, with the attempts that it took to find out."""
+    return ReadError(*describe(error), attempts=getattr(error, "attempts", 1))

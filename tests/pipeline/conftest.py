@@ -1,6 +1,8 @@
-"""What the unit tests of `pipeline` share: an empty folder of a run."""
+"""What the unit tests of `pipeline` share: an empty folder of a run, and retries that do not wait."""
 
 from __future__ import annotations
+
+import time
 
 import pytest
 from hypothesis import settings
@@ -16,3 +18,11 @@ settings.load_profile("nightshift")
 def folder(tmp_path) -> LocalFolder:
     """The folder of a run in which nothing has happened yet."""
     return LocalFolder(tmp_path / "out", scratch="_nightshift/tmp")
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """How long retries would have waited."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from reading import fetch_all
 
 from pipeline.errors import ReadError
 from pipeline.fetch import Fetcher
@@ -48,17 +49,6 @@ def write_archive(path: Path, members=MEMBERS) -> Path:
 
 def list_images(*paths) -> list[ListedImage]:
     return [image for path in paths for image in open_source(str(path), options=ListingOptions()).list_images()]
-
-
-def fetch_all(images, fetcher=None) -> list[bytes | str]:
-    contents: list[bytes | str] = []
-    for image, (listed, fetch) in zip(images, (fetcher or Fetcher(retries=0)).fetch(iter(images)), strict=True):
-        assert listed == image
-        try:
-            contents.append(fetch()[0])
-        except ReadError as error:
-            contents.append(str(error))
-    return contents
 
 
 @pytest.fixture

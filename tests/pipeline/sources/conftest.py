@@ -1,4 +1,4 @@
-"""What the tests of archives share: listing one, and reading what was listed."""
+"""What the tests of archives share: listing one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ReadError
-from pipeline.fetch import Fetcher
 from pipeline.sources import ListedImage, ListingOptions, Selection, open_container
 from pipeline.sources.base import find_file_kind
 from pipeline.storage import normalise
@@ -26,30 +24,3 @@ def list_archive():
         return list(source.list_images()), source.skipped
 
     return list_archive
-
-
-@pytest.fixture(scope="session")
-def fetch_all():
-    """A function that reads listed images as a worker does: the bytes of each, or why it cannot be read."""
-
-    def fetch_all(images: list[ListedImage]) -> list[bytes | str]:
-        contents: list[bytes | str] = []
-        for _, fetch in Fetcher(retries=0).fetch(images):
-            try:
-                contents.append(fetch()[0])
-            except ReadError as error:
-                contents.append(str(error))
-        return contents
-
-    return fetch_all
-
-
-@pytest.fixture(scope="session")
-def fetch_by_uri():
-    """A function that reads each image by nothing but its URI."""
-
-    def fetch_by_uri(images: list[ListedImage]) -> list[bytes]:
-        fetcher = Fetcher(retries=0)
-        return [fetcher.read(ListedImage(image.uri))[0] for image in images]
-
-    return fetch_by_uri

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import random
 import tarfile
@@ -17,7 +16,7 @@ from pipeline.sources import ListedImage, ListingOptions, Selection, open_source
 from pipeline.sources.tar import TarSource
 from pipeline.storage import join_key
 
-retry_module = importlib.import_module("pipeline.storage.retry")
+pytestmark = pytest.mark.usefixtures("waits")
 
 # What sorts differently by characters, bytes and whole paths, and what means something in an address.
 TREE = (
@@ -25,14 +24,6 @@ TREE = (
     "a/é/x y.jpg", "50%/a#1.jpg", "c::d/e.jpg", "+.jpg", "?/a.jpg", "z/y/x/w/v.jpg", "a/.hidden.jpg", ".git/a.jpg",
     "__MACOSX/a.jpg", "notes.md", "a/x.csv", "d/e.png", "d.d/e.webp",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch) -> list[float]:
-    """How long retries would have waited."""
-    waited: list[float] = []
-    monkeypatch.setattr(retry_module.time, "sleep", waited.append)
-    return waited
 
 
 @pytest.fixture

@@ -11,12 +11,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import fetch_all
 
 from pipeline import schema
 from pipeline.errors import NoImagesError, ReadError
 from pipeline.fetch import Fetcher
 from pipeline.sources import ListedImage, ListingOptions, Selection, parquet
 from pipeline.sources.parquet import ParquetSource
+from pipeline.storage import base
 from pipeline.storage.ranges import RangeReader
 from pipeline.storage.retry import TransientError
 from pipeline.storage.uri import locate
@@ -27,17 +29,6 @@ PICTURES = [b"picture %d" % number * (number + 1) for number in range(10)]
 def list_all(path, *, is_named: bool = True, **options) -> list[ListedImage]:
     options = ListingOptions(**options)
     return list(ParquetSource(str(path), path=path.name, options=options, is_named=is_named).list_images())
-
-
-def read_all(images: list[ListedImage], **settings) -> list[bytes | str]:
-    """The bytes of all images in their order, or why they cannot be read."""
-    contents: list[bytes | str] = []
-    for _, fetch in Fetcher(retries=0, **settings).fetch(images):
-        try:
-            contents.append(fetch()[0])
-        except ReadError as error:
-            contents.append(str(error))
-    return contents
 
 
 @pytest.fixture
@@ -59,25 +50,25 @@ def test_column_of_bytes_gives_back_its_bytes(path, kind):
     images = list_all(path)
     assert [image.uri for image in images] == [f"{path}#row={row}" for row in range(10)]
     assert [image.unit for image in images] == [0] * 4 + [1] * 4 + [2] * 2
-    assert read_all(images) == PICTURES
+    assert fetch_all(images) == PICTURES
 
 
 def test_rows_are_those_that_pandas_reads(path):
     pd.DataFrame({"id": range(10), "img": PICTURES, "label": list("abcdefghij")}).to_parquet(path, row_group_size=3)
     frame = pd.read_parquet(path)
     images = list_all(path)
-    assert read_all(images) == frame["img"].tolist()
+    assert fetch_all(images) == frame["img"].tolist()
     assert [image.target for image in images] == frame["label"].tolist()
 
 
 def test_only_column_of_bytes_may_have_any_name(path):
     write(path, {"id": list(range(10)), "blob.v2": PICTURES})
-    assert read_all(list_all(path)) == PICTURES
+    assert fetch_all(list_all(path)) == PICTURES
 
 
 def test_usual_name_is_preferred_among_columns_of_bytes(path):
     write(path, {"mask": [b"mask"] * 10, "Image": PICTURES})
-    assert read_all(list_all(path)) == PICTURES
+    assert fetch_all(list_all(path)) == PICTURES
 
 
 def test_columns_of_bytes_without_a_usual_name_have_to_be_told_apart(path):
@@ -85,19 +76,19 @@ def test_columns_of_bytes_without_a_usual_name_have_to_be_told_apart(path):
     with pytest.raises(NoImagesError, match=r"--image-column \(it has left, right\)"):
         list_all(path)
     images = list_all(path, image_column="right")
-    assert read_all(images, image_column="right") == [b"other"] * 10
+    assert fetch_all(images, Fetcher(retries=0, image_column="right")) == [b"other"] * 10
 
 
 def test_column_whose_name_begins_like_the_wanted_one_is_not_read_for_it(path):
     write(path, {"image.thumbnail": [b"small"] * 10, "image": PICTURES})
-    assert read_all(list_all(path)) == PICTURES
+    assert fetch_all(list_all(path)) == PICTURES
 
 
 def test_columns_of_the_same_name_are_no_reason_to_stop(path):
     pq.write_table(pa.table([PICTURES, ["a"] * 10, ["b"] * 10], names=["image", "label", "label"]), path)
     images = list_all(path)
     assert {image.target for image in images} == {"a"}
-    assert read_all(images) == PICTURES
+    assert fetch_all(images) == PICTURES
 
 
 def test_missing_image_column_is_an_error_that_lists_the_others(path):
@@ -130,19 +121,20 @@ def test_empty_row_groups_are_passed_over(path):
         for begin, end in ((0, 0), (0, 3), (3, 3), (3, 10), (10, 10)):
             writer.write_table(table.slice(begin, end - begin), row_group_size=10)
     images = list_all(path)
-    assert read_all(images) == PICTURES
-    assert read_all([ListedImage(image.uri) for image in images]) == PICTURES
+    assert fetch_all(images) == PICTURES
+    assert fetch_all([ListedImage(image.uri) for image in images]) == PICTURES
 
 
 def test_null_images_are_failed_rows_among_the_others(path):
     write(path, {"image": [b"a", None, b"c"]})
-    assert read_all(list_all(path)) == [b"a", "NoImage: the row holds no bytes", b"c"]
+    assert fetch_all(list_all(path)) == [b"a", "NoImage: the row holds no bytes", b"c"]
 
 
 def test_pictures_beyond_the_limit_are_failed_rows(path, monkeypatch):
-    monkeypatch.setattr(parquet, "MAX_IMAGE_BYTES", 50)
+    for module in (parquet, base):
+        monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 50)
     write(path, {"image": [b"a" * 50, b"b" * 51]})
-    assert read_all(list_all(path)) == [b"a" * 50, "FileTooLarge: 51 bytes are more than the limit of 50"]
+    assert fetch_all(list_all(path)) == [b"a" * 50, "FileTooLarge: 51 bytes are more than the limit of 50"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -163,7 +155,7 @@ def hugging_face(path, make_images, tmp_path):
 
 
 def test_images_of_hugging_face_give_back_their_bytes(path, hugging_face):
-    assert read_all(list_all(path)) == hugging_face
+    assert fetch_all(list_all(path)) == hugging_face
 
 
 def test_class_labels_of_hugging_face_arrive_by_name(path, hugging_face):
@@ -176,7 +168,7 @@ def test_column_that_hugging_face_declares_goes_before_one_with_a_usual_name(pat
     table = pa.table({"image": [b"thumbnail"], "scan": pa.array([{"bytes": b"scan", "path": None}], kind)})
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(metadata), path)
-    assert read_all(list_all(path)) == [b"scan"]
+    assert fetch_all(list_all(path)) == [b"scan"]
 
 
 @pytest.mark.parametrize("note", [b"\xff", b"[]", b'{"info": null}', b'{"info": {"features": [1]}}', b"[" * 100_000])
@@ -202,7 +194,7 @@ def test_picture_that_hugging_face_left_outside_is_read_from_its_file(path, tmp_
         {"bytes": None, "path": "a\0b.jpg"},
     ]
     write(path, {"image": pa.array(cells, kind)})
-    contents = read_all(list_all(path))
+    contents = fetch_all(list_all(path))
     assert contents[:3] == [b"outside", b"outside", b"inside"]
     assert [content.partition(":")[0] for content in contents[3:6]] == ["FileNotFoundError", "NoImage", "NoImage"]
     assert all(isinstance(content, str) for content in contents[6:])
@@ -275,7 +267,7 @@ def test_predictions_name_their_images_with_the_labels_that_came_with_them(path,
     pq.write_table(table.replace_schema_metadata({schema.META_SCHEMA: schema.PREDICTIONS_NAME}), path)
     images = list_all(path)
     assert images == [ListedImage(f"{tmp_path}/50%25.jpg", "truth")]
-    assert read_all(images) == [b"picture"]
+    assert fetch_all(images) == [b"picture"]
     assert list_all(path, is_named=False) == []
 
 
@@ -336,7 +328,7 @@ def test_row_group_is_read_once_and_only_the_column_that_is_needed(path, monkeyp
         return content
 
     monkeypatch.setattr(RangeReader, "read_at", count)
-    assert read_all(images) == columns["image"]
+    assert fetch_all(images) == columns["image"]
     assert sum(map(len, columns["image"])) < num_bytes < 1.5 * sum(map(len, columns["image"]))
 
 
@@ -356,12 +348,12 @@ def test_row_group_is_never_in_memory_as_a_whole(path):
 def test_rows_in_the_middle_of_a_row_group_are_read_without_the_others(path):
     write(path, {"image": PICTURES}, row_group_size=5)
     images = list_all(path)
-    assert read_all([images[1], images[3], images[9]]) == [PICTURES[1], PICTURES[3], PICTURES[9]]
+    assert fetch_all([images[1], images[3], images[9]]) == [PICTURES[1], PICTURES[3], PICTURES[9]]
 
 
 def test_image_column_of_a_manifest_does_not_hinder_reading_rows(path):
     write(path, {"image": PICTURES})
-    assert read_all([ListedImage(f"{path}#row=3")], image_column="location") == [PICTURES[3]]
+    assert fetch_all([ListedImage(f"{path}#row=3")], Fetcher(retries=0, image_column="location")) == [PICTURES[3]]
 
 
 def test_listing_reads_a_batch_of_rows_at_a_time(path):
@@ -429,7 +421,7 @@ def test_damaged_pictures_are_failed_rows_and_those_of_other_row_groups_are_read
     overwrite(path, "image", 1)
     images = list_all(path)
     assert len(images) == 10
-    contents = read_all(images)
+    contents = fetch_all(images)
     assert contents[:4] + contents[8:] == PICTURES[:4] + PICTURES[8:]
     assert all(content.startswith("BadParquet: ") for content in contents[4:8])
 
@@ -467,23 +459,23 @@ def test_file_with_fewer_rows_than_planned_fails_them(path):
     write(path, {"image": PICTURES})
     images = list_all(path)
     write(path, {"image": PICTURES[:4]})
-    assert all(content.startswith("ChangedFile: ") for content in read_all(images))
+    assert all(content.startswith("ChangedFile: ") for content in fetch_all(images))
 
 
 def test_file_that_was_replaced_does_not_lend_its_pictures(path):
     write(path, {"image": PICTURES})
     images = list_all(path)
     write(path, {"image": [b"another picture"] * 10})
-    assert all(content.startswith("ChangedFile: ") for content in read_all(images))
+    assert all(content.startswith("ChangedFile: ") for content in fetch_all(images))
 
 
 def test_file_that_is_gone_fails_its_rows(path):
     write(path, {"image": PICTURES})
     images = list_all(path)
     path.unlink()
-    assert all(content.startswith("FileNotFoundError: ") for content in read_all(images))
+    assert all(content.startswith("FileNotFoundError: ") for content in fetch_all(images))
     path.mkdir()
-    assert all(isinstance(content, str) for content in read_all(images))
+    assert all(isinstance(content, str) for content in fetch_all(images))
 
 
 def test_row_beyond_all_numbers_is_no_row():

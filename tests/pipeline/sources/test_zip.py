@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reading import fetch_all, fetch_by_uri
 
 from pipeline.errors import ReadError
 from pipeline.fetch import Fetcher
@@ -128,7 +129,7 @@ def list_bytes(tmp_path, list_archive):
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("method", [STORED, DEFLATED])
-def test_any_name_is_only_a_name(list_bytes, fetch_all, fetch_by_uri, method, streamed):
+def test_any_name_is_only_a_name(list_bytes, method, streamed):
     members = [(name, content_of(number)) for number, name in enumerate(ODD_NAMES)]
     images, _ = list_bytes(make_zip(members, method=method, streamed=streamed))
     assert names_of(images) == ODD_NAMES
@@ -137,7 +138,7 @@ def test_any_name_is_only_a_name(list_bytes, fetch_all, fetch_by_uri, method, st
 
 # What zipfile itself gives back: nothing after NUL. What begins with no dot is listed.
 stems = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=150)
-names = stems.map(lambda stem: f"_{stem.replace('/.', '/_')}.jpg")
+names = stems.map(lambda stem: f"_{stem.replace('/.', '/_')}_.jpg")
 
 
 @given(
@@ -146,9 +147,7 @@ names = stems.map(lambda stem: f"_{stem.replace('/.', '/_')}.jpg")
     streamed=st.booleans(),
     junk=st.binary(),
 )
-def test_listed_are_exactly_the_members_in_their_order(
-    names, method, streamed, junk, list_archive, fetch_all, fetch_by_uri
-):
+def test_listed_are_exactly_the_members_in_their_order(names, method, streamed, junk, list_archive):
     members = [(name, content_of(number)) for number, name in enumerate([*names, *names[:2]])]
     content = junk + make_zip(members, method=method, streamed=streamed)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,33 +159,33 @@ def test_listed_are_exactly_the_members_in_their_order(
 
 @pytest.mark.parametrize("length", range(440, 520, 4))
 @pytest.mark.parametrize("streamed", [False, True])
-def test_header_of_any_length_leaves_room_for_all_that_follows(list_bytes, fetch_all, length, streamed):
+def test_header_of_any_length_leaves_room_for_all_that_follows(list_bytes, length, streamed):
     name = f"{'n' * (length - 34)}.jpg"
     images, _ = list_bytes(make_zip([(name, b"content")], streamed=streamed))
     assert fetch_all(images) == [b"content"]
 
 
-def test_names_in_code_page_437_are_read_as_such(list_bytes, fetch_all, fetch_by_uri):
+def test_names_in_code_page_437_are_read_as_such(list_bytes):
     content = make_zip([("caf_.jpg", b"1")]).replace(b"caf_.jpg", b"caf\x82.jpg")
     images, _ = list_bytes(content)
     assert names_of(images) == ["café.jpg"]
     assert fetch_all(images) == fetch_by_uri(images) == [b"1"]
 
 
-def test_name_that_is_said_to_be_utf8_in_the_directory_alone_is_read(list_bytes, fetch_all):
+def test_name_that_is_said_to_be_utf8_in_the_directory_alone_is_read(list_bytes):
     content = patch(make_zip([("猫.jpg", b"1")]), FLAGS, 0, width="H", only=LOCAL)
     images, _ = list_bytes(content)
     assert (names_of(images), fetch_all(images)) == (["猫.jpg"], [b"1"])
 
 
-def test_name_ends_at_nul(list_bytes, fetch_all, fetch_by_uri):
+def test_name_ends_at_nul(list_bytes):
     content = make_zip([("a.jpg_.txt", b"1"), ("b.jpg", b"2")]).replace(b"a.jpg_.txt", b"a.jpg\0.txt")
     images, _ = list_bytes(content)
     assert names_of(images) == ["a.jpg", "b.jpg"]
     assert fetch_all(images) == fetch_by_uri(images) == [b"1", b"2"]
 
 
-def test_name_in_an_extra_field_for_unicode_is_read(list_bytes, fetch_all, fetch_by_uri):
+def test_name_in_an_extra_field_for_unicode_is_read(list_bytes):
     info = info_of("cat.jpg")
     utf8 = "猫.jpg".encode()
     info.extra = struct.pack("<HHBI", 0x7075, 5 + len(utf8), 1, zlib.crc32(b"cat.jpg")) + utf8
@@ -195,7 +194,7 @@ def test_name_in_an_extra_field_for_unicode_is_read(list_bytes, fetch_all, fetch
     assert fetch_all(images) == fetch_by_uri(images) == [b"1"]
 
 
-def test_image_listed_by_its_unicode_name_is_read_by_it(tmp_path, list_archive, fetch_all):
+def test_image_listed_by_its_unicode_name_is_read_by_it(tmp_path, list_archive):
     info = info_of("cat.jpg")
     utf8 = "猫.jpg".encode()
     info.extra = struct.pack("<HHBI", 0x7075, 5 + len(utf8), 1, zlib.crc32(b"cat.jpg")) + utf8
@@ -205,7 +204,7 @@ def test_image_listed_by_its_unicode_name_is_read_by_it(tmp_path, list_archive, 
     assert (contents[0], contents[1][:14]) == (b"1", "ChangedArchive")
 
 
-def test_repeated_members_are_told_apart_by_their_offset(tmp_path, list_archive, fetch_all, fetch_by_uri):
+def test_repeated_members_are_told_apart_by_their_offset(tmp_path, list_archive):
     path = put(tmp_path, make_zip([("a.jpg", b"1"), ("a.jpg", b"2"), ("b.jpg", b"3"), ("a.jpg", b"4")]))
     images, _ = list_archive(path)
     assert [image.uri.removesuffix(f"::{path}") for image in images] == [
@@ -218,7 +217,7 @@ def test_repeated_members_are_told_apart_by_their_offset(tmp_path, list_archive,
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_zip64_is_read(list_bytes, fetch_all, fetch_by_uri, monkeypatch, streamed):
+def test_zip64_is_read(list_bytes, monkeypatch, streamed):
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
     members = [(f"{number}.jpg", bytes([number]) * 300) for number in range(5)]
@@ -229,7 +228,7 @@ def test_zip64_is_read(list_bytes, fetch_all, fetch_by_uri, monkeypatch, streame
     assert fetch_all(images) == fetch_by_uri(images) == [content for _, content in members]
 
 
-def test_junk_before_and_a_comment_behind_do_not_matter(list_bytes, fetch_all, fetch_by_uri):
+def test_junk_before_and_a_comment_behind_do_not_matter(list_bytes):
     content = make_zip([("a.jpg", b"1"), ("b.jpg", b"2")], method=DEFLATED, comment=b"PK\x03\x04 comment" * 100)
     images, _ = list_bytes(b"#!/bin/sh\nexit PK\x03\x04\n" * 500 + content)
     assert fetch_all(images) == fetch_by_uri(images) == [b"1", b"2"]
@@ -247,7 +246,7 @@ def test_order_is_that_of_the_archive_and_not_of_its_directory(list_bytes):
 # What is no image
 
 
-def test_what_is_no_regular_file_is_skipped_and_counted(list_bytes, fetch_all, fetch_by_uri):
+def test_what_is_no_regular_file_is_skipped_and_counted(list_bytes):
     members = [
         ("folder.jpg/", b""),
         (info_of("a.jpg", mode=0o120777), b"/etc/passwd"),
@@ -285,7 +284,7 @@ def test_zip_without_members_lists_none(list_bytes):
 # Bombs and what nobody can read
 
 
-def check_fault(list_bytes, content, kind, fetch_by_uri) -> None:
+def check_fault(list_bytes, content, kind) -> None:
     """The first of two members is a failed row of that kind, the other is read."""
     images, _ = list_bytes(content)
     assert kinds_of(images) == [kind, None]
@@ -295,27 +294,27 @@ def check_fault(list_bytes, content, kind, fetch_by_uri) -> None:
         fetch_by_uri(images[:1])
 
 
-def test_encrypted_member_is_a_failed_row(list_bytes, fetch_by_uri):
+def test_encrypted_member_is_a_failed_row(list_bytes):
     content = patch(make_zip([("a.jpg", b"1"), ("b.jpg", b"fine")]), FLAGS, 1, width="H")
-    check_fault(list_bytes, content, "Encrypted", fetch_by_uri)
+    check_fault(list_bytes, content, "Encrypted")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_member_in_another_compression_is_a_failed_row(tmp_path, list_bytes, fetch_by_uri, method):
+def test_member_in_another_compression_is_a_failed_row(tmp_path, list_bytes, method):
     path = tmp_path / "y.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.jpg", b"1", compress_type=method)
         archive.writestr("b.jpg", b"fine")
-    check_fault(list_bytes, path.read_bytes(), "UnknownCompression", fetch_by_uri)
+    check_fault(list_bytes, path.read_bytes(), "UnknownCompression")
 
 
 @pytest.mark.parametrize("field", [COMPRESSED, SIZE])
-def test_member_of_a_declared_size_over_the_limit_is_a_failed_row(list_bytes, fetch_by_uri, field):
+def test_member_of_a_declared_size_over_the_limit_is_a_failed_row(list_bytes, field):
     content = patch(make_zip([("a.jpg", b"1"), ("b.jpg", b"fine")]), field, 0xF0000000)
-    check_fault(list_bytes, content, "FileTooLarge", fetch_by_uri)
+    check_fault(list_bytes, content, "FileTooLarge")
 
 
-def test_member_of_a_size_that_no_integer_column_holds_is_a_failed_row(list_bytes, fetch_by_uri):
+def test_member_of_a_size_that_no_integer_column_holds_is_a_failed_row(list_bytes):
     info = info_of("a.jpg")
     info.extra = struct.pack("<HHQQQ", 1, 24, 2**64 - 1, 2**64 - 1, 2**64 - 1)
     content = make_zip([(info, b"1"), ("b.jpg", b"fine")])
@@ -326,16 +325,16 @@ def test_member_of_a_size_that_no_integer_column_holds_is_a_failed_row(list_byte
     assert all((image.offset or 0) < 2**63 and (image.size or 0) < 2**63 for image in images)
 
 
-def test_bomb_by_ratio_is_a_failed_row(list_bytes, fetch_by_uri):
+def test_bomb_by_ratio_is_a_failed_row(list_bytes):
     path = io.BytesIO()
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.bmp", bytes(1_000_000), compress_type=DEFLATED)
         archive.writestr("b.jpg", b"fine")
-    check_fault(list_bytes, path.getvalue(), "ZipBomb", fetch_by_uri)
+    check_fault(list_bytes, path.getvalue(), "ZipBomb")
 
 
 @pytest.mark.parametrize("only", [DIRECTORY, None])
-def test_bomb_with_a_lying_header_stops_at_the_ratio(list_bytes, fetch_all, only):
+def test_bomb_with_a_lying_header_stops_at_the_ratio(list_bytes, only):
     content = patch(make_zip([("a.bmp", bytes(30_000_000))], method=DEFLATED), SIZE, 1000, only=only)
     images, _ = list_bytes(content)
     assert kinds_of(images) == [None]
@@ -346,7 +345,7 @@ def test_bomb_with_a_lying_header_stops_at_the_ratio(list_bytes, fetch_all, only
     assert peak < 20_000_000
 
 
-def test_ratio_at_the_limit_is_no_bomb(list_bytes, fetch_all):
+def test_ratio_at_the_limit_is_no_bomb(list_bytes):
     for size in range(2000, 40_000, 1999):
         content = make_zip([("a.bmp", bytes(size))], method=DEFLATED)
         (info,) = zipfile.ZipFile(io.BytesIO(content)).infolist()
@@ -357,7 +356,7 @@ def test_ratio_at_the_limit_is_no_bomb(list_bytes, fetch_all):
             assert kinds_of(images) == ["ZipBomb"]
 
 
-def test_header_that_claims_to_lie_outside_is_a_failed_row(list_bytes, fetch_by_uri):
+def test_header_that_claims_to_lie_outside_is_a_failed_row(list_bytes):
     content = make_zip([("a.jpg", b"fine"), ("b.jpg", b"2")])
     place = find(content, DIRECTORY, 1) + 42
     images, _ = list_bytes(content[:place] + struct.pack("<I", 0xFFFFFF00) + content[place + 4 :])
@@ -368,7 +367,7 @@ def test_header_that_claims_to_lie_outside_is_a_failed_row(list_bytes, fetch_by_
         fetch_by_uri(images[1:])
 
 
-def test_entries_that_share_one_member_are_listed_once_or_fail_under_the_other_name(list_bytes, fetch_all):
+def test_entries_that_share_one_member_are_listed_once_or_fail_under_the_other_name(list_bytes):
     content = make_zip([("a.jpg", b"1"), ("a.jpg", b"1"), ("b.jpg", b"2")])
     for number in (1, 2):  # all three lie where the first one lies
         place = find(content, DIRECTORY, number) + 42
@@ -394,7 +393,7 @@ def test_one_member_is_listed_under_no_uri_twice(list_bytes):
 # Damage
 
 
-def test_wrong_checksum_is_a_failed_image(list_bytes, fetch_all):
+def test_wrong_checksum_is_a_failed_image(list_bytes):
     for method in (STORED, DEFLATED):
         content = make_zip([("a.jpg", b"content" * 20), ("b.jpg", b"fine")], method=method)
         images, _ = list_bytes(patch(content, CRC, 12345, only=LOCAL))
@@ -402,14 +401,14 @@ def test_wrong_checksum_is_a_failed_image(list_bytes, fetch_all):
         assert (broken.split(":")[0], fine) == ("BadChecksum", b"fine")
 
 
-def test_wrong_checksum_behind_streamed_data_is_a_failed_image(list_bytes, fetch_all):
+def test_wrong_checksum_behind_streamed_data_is_a_failed_image(list_bytes):
     content = make_zip([("a.jpg", b"content")], streamed=True)
     place = content.index(b"PK\x07\x08") + 4
     images, _ = list_bytes(content[:place] + b"\0\0\0\0" + content[place + 4 :])
     assert fetch_all(images)[0].split(":")[0] == "BadChecksum"
 
 
-def test_checksum_behind_streamed_data_may_lack_its_signature(list_bytes, fetch_all):
+def test_checksum_behind_streamed_data_may_lack_its_signature(list_bytes):
     content = make_zip([("a.jpg", b"1")], streamed=True)
     shorter = content.replace(b"PK\x07\x08", b"")
     place = find(shorter, END) + 16
@@ -419,7 +418,7 @@ def test_checksum_behind_streamed_data_may_lack_its_signature(list_bytes, fetch_
 
 
 @pytest.mark.parametrize("method", [STORED, DEFLATED])
-def test_no_flipped_byte_gives_a_wrong_image(list_bytes, fetch_all, method):
+def test_no_flipped_byte_gives_a_wrong_image(list_bytes, method):
     members = [("a.jpg", random.Random(1).randbytes(150)), ("b.jpg", b"text" * 30)]
     content = make_zip(members, method=method)
     expected = dict(members)
@@ -451,7 +450,7 @@ def test_name_that_is_no_text_though_it_says_so_is_an_error_of_the_archive(list_
 
 
 @given(places=st.lists(st.tuples(st.integers(0, 499), st.integers(0, 255)), min_size=1, max_size=8))
-def test_no_damage_is_an_exception_and_no_uri_comes_twice(places, list_archive, fetch_all):
+def test_no_damage_is_an_exception_and_no_uri_comes_twice(places, list_archive):
     content = bytearray(make_zip([("a.jpg", b"1" * 60), ("é.jpg", b"2"), ("a.jpg", b"5")], comment=b"comment"))
     for place, value in places:
         content[-1 - place % len(content)] = value
@@ -478,7 +477,7 @@ def test_directory_of_absurd_size_is_one_error(list_bytes, monkeypatch, size, of
 
 @pytest.mark.parametrize("name", ["b.jpg", "é.jpg", "猫.jpg", f"{'猫' * 200}.jpg"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_replaced_archive_never_lends_its_images_to_other_names(tmp_path, list_archive, fetch_all, name, streamed):
+def test_replaced_archive_never_lends_its_images_to_other_names(tmp_path, list_archive, name, streamed):
     path = put(tmp_path, make_zip([("a.jpg", b"1"), (name, b"2")], streamed=streamed))
     images, _ = list_archive(path)
     other = {"b": "z", "é": "è", "猫": "犬"}[name[0]] + name[1:]
@@ -495,21 +494,21 @@ def test_replaced_archive_never_lends_its_images_to_other_names(tmp_path, list_a
         [("x.txt", b"-" * 5000)],
     ],
 )
-def test_replaced_archive_fails_each_image_that_is_not_where_it_was(tmp_path, list_archive, fetch_all, after):
+def test_replaced_archive_fails_each_image_that_is_not_where_it_was(tmp_path, list_archive, after):
     path = put(tmp_path, make_zip([("a.jpg", b"11"), ("b.jpg", b"22")]))
     images, _ = list_archive(path)
     put(tmp_path, make_zip(after))
     assert [content[:14] for content in fetch_all(images)] == ["ChangedArchive"] * 2
 
 
-def test_member_that_is_encrypted_by_now_is_not_read(tmp_path, list_archive, fetch_all):
+def test_member_that_is_encrypted_by_now_is_not_read(tmp_path, list_archive):
     content = make_zip([("a.jpg", b"1")])
     images, _ = list_archive(put(tmp_path, content))
     put(tmp_path, patch(content, FLAGS, 1, width="H"))
     assert fetch_all(images) == ["Encrypted: the member is encrypted"]
 
 
-def test_archive_that_is_cut_or_gone_by_now_fails_its_images(tmp_path, list_archive, fetch_all):
+def test_archive_that_is_cut_or_gone_by_now_fails_its_images(tmp_path, list_archive):
     content = make_zip([("a.jpg", b"1"), ("b.jpg", b"2" * 100)])
     path = put(tmp_path, content)
     images, _ = list_archive(path)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from faults import DENIED
+from reading import fetch
 
 from pipeline.errors import ReadError, StorageError
 from pipeline.fetch import Fetcher
@@ -25,19 +26,8 @@ from pipeline.storage.ranges import RangeReader
 
 bucket_module = importlib.import_module("pipeline.storage.bucket")
 fsspec_registry = importlib.import_module("fsspec.registry")
-retry_module = importlib.import_module("pipeline.storage.retry")
 
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch) -> list[float]:
-    """How long retries would have waited."""
-    waited: list[float] = []
-    monkeypatch.setattr(retry_module.time, "sleep", waited.append)
-    return waited
-
-
-def fetch(uri: str, *, retries: int = 3) -> tuple[bytes, int]:
-    return Fetcher(retries=retries).read(ListedImage(uri))
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 def list_all(*inputs: str) -> list[ListedImage]:

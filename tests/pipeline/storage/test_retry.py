@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 
 import pytest
 
 from pipeline.errors import ReadError
 from pipeline.storage.retry import MAX_BACKOFF_S, TransientError, as_os_errors, describe, is_transient, retry
-
-
-@pytest.fixture
-def waits(monkeypatch) -> list[float]:
-    """How long was waited, without waiting."""
-    seconds: list[float] = []
-    monkeypatch.setattr(time, "sleep", seconds.append)
-    return seconds
 
 
 def fail_with(*errors: Exception):

@@ -11,15 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from reading import fetch
 
 from pipeline.errors import NoImagesError, ReadError
 from pipeline.fetch import Fetcher
 from pipeline.listing import Inputs
-from pipeline.sources import ListedImage, ListingOptions, open_source
+from pipeline.sources import ListingOptions, open_source
 from pipeline.storage.web import MAX_CONNECTIONS_PER_HOST, MAX_REDIRECTS, open_web
 
-retry_module = importlib.import_module("pipeline.storage.retry")
 web_module = importlib.import_module("pipeline.storage.web")
+
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 class Server:
@@ -75,18 +77,6 @@ def server(monkeypatch) -> Iterator[Server]:
     yield server
     server.close()
     open_web.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch) -> list[float]:
-    """How long retries would have waited."""
-    waited: list[float] = []
-    monkeypatch.setattr(retry_module.time, "sleep", waited.append)
-    return waited
-
-
-def fetch(uri: str, *, retries: int = 3) -> tuple[bytes, int]:
-    return Fetcher(retries=retries).read(ListedImage(uri))
 
 
 def test_file_is_read(server):
