@@ -27,9 +27,10 @@ from ray.exceptions import RayError
 
 from pipeline.cluster import CONCURRENT_SHARDS, Scaling
 from pipeline.errors import WorkerError
+from pipeline.images import ImageRow
 from pipeline.models import Model
 from pipeline.plan import Shard
-from pipeline.worker import DecodedBatch, Decoder, Done, DroppedShard, ImageRow, Labeller, Task
+from pipeline.worker import DecodedBatch, Decoder, Done, DroppedShard, Labeller, Task
 
 # Ray Data takes 6 seconds and 28 MB for 10,000 blocks before the first one starts.
 WINDOW_SHARDS: Final = 2_000

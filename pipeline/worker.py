@@ -6,13 +6,12 @@ with uint8 pixels between them (split). Both ways the same functions run on the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -24,15 +23,14 @@ from torch import Tensor
 
 from pipeline import schema
 from pipeline.commit import Counts, commit_part
-from pipeline.decode import Exif, decode
-from pipeline.errors import DecodeError, ReadError
-from pipeline.fetch import Fetch, Fetcher
+from pipeline.decode import Exif
+from pipeline.fetch import Fetcher
+from pipeline.images import ImageOpener, ImageRow
 from pipeline.lease import Fence
 from pipeline.models import Model
 from pipeline.plan import Shard, read_images
 from pipeline.predict import Precision, Predictor, TopK
 from pipeline.presets import Preset
-from pipeline.sources import ListedImage
 from pipeline.storage import Folder
 
 # Batches that are being decoded while the model works on one.
@@ -68,24 +66,6 @@ class Task:
 
 
 @dataclass(slots=True)
-class ImageRow:
-    """One image on its way through a worker: what is known of it besides its pixels."""
-
-    uri: str
-    target: str | None = None
-    width: int | None = None
-    height: int | None = None
-    size_bytes: int | None = None
-    attempts: int = 1
-    error_stage: str | None = None
-    error: str | None = None
-
-    def fail(self, stage: str, error: str) -> None:
-        self.error_stage = stage
-        self.error = error[: schema.MAX_ERROR_CHARS]
-
-
-@dataclass(slots=True)
 class DecodedBatch:
     """Consecutive images of a shard, with the pixels of those that could be decoded."""
 
@@ -115,43 +95,22 @@ class Decoder:
     def __init__(self, task: Task, *, num_threads: int) -> None:
         task.prepare_process()
         self.task = task
-        self._fetcher = Fetcher(retries=task.retries, image_column=task.image_column)
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._opener = ImageOpener(
+            Fetcher(retries=task.retries, image_column=task.image_column),
+            task.preset,
+            exif=task.exif,
+            max_pixels=task.max_pixels,
+            num_threads=num_threads,
+        )
 
     def decode(self, shard: Shard) -> Iterator[DecodedBatch]:
         """The images of `shard` in the order of the plan, in batches."""
-        fetches = self._fetcher.fetch(read_images(self.task.folder, shard))
-        ahead: deque[Future[tuple[ImageRow, Tensor | None]]] = deque()
-        window = self.task.batch_size * (1 + _BATCHES_AHEAD)
-        try:
-            while True:
-                ahead += [self._threads.submit(self._open, *fetch) for fetch in islice(fetches, window - len(ahead))]
-                if not ahead:
-                    return
-                done = [ahead.popleft().result() for _ in range(min(self.task.batch_size, len(ahead)))]
-                pixels = [tensor for _, tensor in done if tensor is not None]
-                yield DecodedBatch([row for row, _ in done], torch.stack(pixels) if pixels else self._no_pixels())
-        finally:
-            for future in ahead:
-                future.cancel()
-
-    def _open(self, image: ListedImage, fetch: Fetch) -> tuple[ImageRow, Tensor | None]:
-        row = ImageRow(image.uri, image.target)
-        if image.error is not None:
-            row.fail("list", image.error)
-            return row, None
-        try:
-            content, row.attempts = fetch()
-            row.size_bytes = len(content)
-            picture = decode(content, exif=self.task.exif, max_pixels=self.task.max_pixels)
-            row.width, row.height = picture.size
-            return row, self.task.preset.exact(picture)
-        except ReadError as error:
-            row.attempts = error.attempts
-            row.fail("read", str(error))
-        except DecodeError as error:
-            row.fail("decode", str(error))
-        return row, None
+        size = self.task.batch_size
+        images = read_images(self.task.folder, shard)
+        with contextlib.closing(self._opener.open_images(images, ahead=size * _BATCHES_AHEAD)) as opened:
+            while batch := list(islice(opened, size)):
+                pixels = [tensor for _, tensor in batch if tensor is not None]
+                yield DecodedBatch([row for row, _ in batch], torch.stack(pixels) if pixels else self._no_pixels())
 
     def _no_pixels(self) -> Tensor:
         return torch.empty((0, 3, self.task.preset.crop, self.task.preset.crop), dtype=torch.uint8)

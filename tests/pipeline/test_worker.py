@@ -113,11 +113,12 @@ def test_decoding_runs_ahead_of_the_model_and_no_further_than_its_window(job, mo
     _, task = job
     opened = []
     decoder = Decoder(task, num_threads=1)
-    open_image = decoder._open
-    monkeypatch.setattr(decoder, "_open", lambda *fetch: opened.append(fetch) or open_image(*fetch))
+    opener = decoder._opener
+    open_image = opener._open
+    monkeypatch.setattr(opener, "_open", lambda *fetch: opened.append(fetch) or open_image(*fetch))
     batches = decoder.decode(SHARD)
     next(batches)
-    decoder._threads.submit(lambda: None).result()  # everything submitted before is done
+    opener._threads.submit(lambda: None).result()  # everything submitted before is done
     assert len(opened) == 4 * 3
     batches.close()
 

@@ -1,0 +1,83 @@
+"""Listed images → their pixels, or the reason why not: fetch, decode, resize, in threads and in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+from torch import Tensor
+
+from pipeline import schema
+from pipeline.decode import Exif, decode
+from pipeline.errors import DecodeError, ReadError
+from pipeline.fetch import Fetch, Fetcher
+from pipeline.presets import Preset
+from pipeline.sources import ListedImage
+
+
+@dataclass(slots=True)
+class ImageRow:
+    """One image on its way through a worker: what is known of it besides its pixels."""
+
+    uri: str
+    target: str | None = None
+    width: int | None = None
+    height: int | None = None
+    size_bytes: int | None = None
+    attempts: int = 1
+    error_stage: str | None = None
+    error: str | None = None
+
+    def fail(self, stage: str, error: str) -> None:
+        self.error_stage = stage
+        self.error = error[: schema.MAX_ERROR_CHARS]
+
+
+class ImageOpener:
+    """Opens images with its own threads, a bounded number of them ahead."""
+
+    def __init__(self, fetcher: Fetcher, preset: Preset, *, exif: Exif, max_pixels: int, num_threads: int) -> None:
+        self.preset = preset
+        self._fetcher = fetcher
+        self._exif = exif
+        self._max_pixels = max_pixels
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+    def open_images(self, images: Iterable[ListedImage], *, ahead: int) -> Iterator[tuple[ImageRow, Tensor | None]]:
+        """Each image in its order, with its pixels, (3, crop, crop) uint8, or with an error in its row.
+
+        Up to `ahead` of them are open before it is their turn.
+        """
+        fetches = self._fetcher.fetch(images)
+        opened: deque[Future[tuple[ImageRow, Tensor | None]]] = deque()
+        window = 1 + ahead
+        try:
+            while True:
+                opened += [self._threads.submit(self._open, *fetch) for fetch in islice(fetches, window - len(opened))]
+                if not opened:
+                    return
+                yield opened.popleft().result()
+        finally:
+            for future in opened:
+                future.cancel()
+
+    def _open(self, image: ListedImage, fetch: Fetch) -> tuple[ImageRow, Tensor | None]:
+        row = ImageRow(image.uri, image.target)
+        if image.error is not None:
+            row.fail("list", image.error)
+            return row, None
+        try:
+            content, row.attempts = fetch()
+            row.size_bytes = len(content)
+            picture = decode(content, exif=self._exif, max_pixels=self._max_pixels)
+            row.width, row.height = picture.size
+            return row, self.preset.exact(picture)
+        except ReadError as error:
+            row.attempts = error.attempts
+            row.fail("read", str(error))
+        except DecodeError as error:
+            row.fail("decode", str(error))
+        return row, None
