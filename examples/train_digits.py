@@ -20,7 +20,7 @@ from torchvision import models as zoo
 
 from jobs.demo import CATEGORIES, MODEL_DIR, Digit, read_digits
 from pipeline.decode import decode
-from pipeline.model_dir import write_model_dir
+from pipeline.model_dir import compose_model_dir, write_model_dir
 from pipeline.models import open_model
 from pipeline.predict import Precision, Predictor
 from pipeline.presets import Normalise, Preset
@@ -120,12 +120,14 @@ def export(network: nn.Module, model_dir: str, *, readme: str) -> None:
     """Write the model directory."""
     write_model_dir(
         model_dir,
-        architecture=ARCHITECTURE,
-        arguments=ARGUMENTS,
-        state=network.state_dict(),
-        categories=CATEGORIES,
-        preset=PRESET,
-        readme=readme,
+        compose_model_dir(
+            architecture=ARCHITECTURE,
+            arguments=ARGUMENTS,
+            state=network.state_dict(),
+            categories=CATEGORIES,
+            preset=PRESET,
+            readme=readme,
+        ),
     )
 
 

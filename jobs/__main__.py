@@ -11,6 +11,7 @@ from jobs.cli import leave, run_command
 
 COMMANDS: Final = {
     "label": "label every image of an archive with a pretrained model",
+    "finetune": "fine-tune a pretrained model on labelled images",
     "models": "list the models that are known by name, with their cost and accuracy",
     "inspect": "say what would be read: kinds, counts, bytes, formats, labels, shards",
     "demo": "see it work: label handwritten digits on this machine, offline",

@@ -23,7 +23,7 @@ import psutil
 import tyro
 
 from jobs.cli import leave, parse, run_command
-from jobs.inputs import InputConfig
+from jobs.inputs import Auto, InputConfig, ModelConfig, as_given, is_below, is_worker_count
 from pipeline import plan as plans
 from pipeline.commit import PREDICTIONS_DIR, Counts, find_committed, sweep_foreign
 from pipeline.errors import ConfigError, OutputError
@@ -32,7 +32,7 @@ from pipeline.listing import Inputs, exclude_known
 from pipeline.plan import Listing, Plan
 from pipeline.run import (
     SUCCESS,
-    Account,
+    LabelAccount,
     clear_run,
     find_finished,
     keep_account,
@@ -62,15 +62,11 @@ if TYPE_CHECKING:
     from pipeline.picture import LabelledPicture
     from pipeline.worker import Task
 
-Auto = Literal["auto"]
-Triple = tuple[float, float, float]
-
 # What the labels depend on: the identity of a run. The other settings may differ when it is continued.
 IDENTITY: Final = (
     "inputs include exclude target image_column label_column limit shard_size model weights labels top_k precision "
     "preprocess resize crop mean std interpolation exif max_pixels"
 ).split()
-PRESET: Final = "resize crop mean std interpolation".split()
 # What a row takes in a part of 600 photographs with ImageNet classes, compressed.
 BYTES_PER_ROW: Final = 40
 BYTES_PER_PREDICTION: Final = 10
@@ -79,51 +75,18 @@ GPU_BATCH_SIZE: Final = 256
 EXIT_TOO_MANY_FAILURES: Final = 3
 
 
-def _is_below(value: float | str | None, least: float) -> bool:
-    return not isinstance(value, str) and value is not None and value < least
-
-
-def _is_worker_count(value: str) -> bool:
-    bounds = value.split("..")
-    if value == "auto" or not all(bound.isdecimal() and int(bound) > 0 for bound in bounds):
-        return value == "auto"
-    return len(bounds) == 1 or (len(bounds) == 2 and int(bounds[0]) <= int(bounds[1]))
-
-
 @dataclass(frozen=True, kw_only=True)
-class LabelConfig(InputConfig):
+class LabelConfig(ModelConfig, InputConfig):
     """Settings of a labelling job: its Python API, its YAML file and its flags."""
 
     limit: int | None = None
     """Only the first N images of the plan."""
-    exif: Literal["ignore", "apply"] = "ignore"
-    """Whether pictures are turned the way the camera was held."""
-    max_pixels: int = 178_956_970
-    """An image with more pixels than this is a failed row."""
-
-    # Model
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "resnet50"
-    """A torchvision classifier, `module:factory`, or a model directory."""
-    weights: str = "DEFAULT"
-    """A name in torchvision's enum, a `.pth` or `.safetensors` file, or `none` for random ones."""
     labels: str | None = None
     """A file with the categories, one a line, in place of the model's own."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 5
     """How many classes of each image are kept."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What the model computes in; auto is bf16 where the hardware has it."""
     preprocess: Literal["exact"] = "exact"
     """`exact` gives the pixels of torchvision's preset, bit for bit."""
-    resize: int | None = None
-    """Length of the shorter side before cropping, in place of the preset's."""
-    crop: int | None = None
-    """Side of the square that the model sees, in place of the preset's."""
-    mean: Triple | None = None
-    """Mean of the channels, in place of the preset's."""
-    std: Triple | None = None
-    """Standard deviation of the channels, in place of the preset's."""
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
-    """How pixels are interpolated, in place of the preset's way."""
 
     # Output
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -166,24 +129,20 @@ class LabelConfig(InputConfig):
         faults = [
             fault
             for is_faulty, fault in (
-                (not self.inputs, "INPUT: name at least one folder or image file"),
+                *self._check_inputs(),
+                *self._check_model(),
                 (self.top_k < 1, f"--top-k {self.top_k}: must be at least 1"),
                 (self.limit is not None and self.limit < 1, f"--limit {self.limit}: must be at least 1"),
-                (self.retries < 0, f"--retries {self.retries}: must not be negative"),
-                (self.max_pixels < 1, f"--max-pixels {self.max_pixels}: must be at least 1"),
                 (
                     not 0 <= self.max_failure_rate <= 1,
                     f"--max-failure-rate {self.max_failure_rate}: must be between 0 and 1",
                 ),
-                (_is_below(self.batch_size, 1), f"--batch-size {self.batch_size}: must be at least 1"),
-                (_is_below(self.shard_size, 1), f"--shard-size {self.shard_size}: must be at least 1"),
-                (_is_below(self.resize, 1), f"--resize {self.resize}: must be at least 1"),
-                (_is_below(self.crop, 1), f"--crop {self.crop}: must be at least 1"),
-                (self.std is not None and 0 in self.std, f"--std {self.std}: must not contain 0"),
-                (_is_below(self.cpus_per_worker, 0.01), f"--cpus-per-worker {self.cpus_per_worker}: must be above 0"),
-                (_is_below(self.gpus_per_worker, 0), f"--gpus-per-worker {self.gpus_per_worker}: must not be negative"),
+                (is_below(self.batch_size, 1), f"--batch-size {self.batch_size}: must be at least 1"),
+                (is_below(self.shard_size, 1), f"--shard-size {self.shard_size}: must be at least 1"),
+                (is_below(self.cpus_per_worker, 0.01), f"--cpus-per-worker {self.cpus_per_worker}: must be above 0"),
+                (is_below(self.gpus_per_worker, 0), f"--gpus-per-worker {self.gpus_per_worker}: must not be negative"),
                 (
-                    not _is_worker_count(self.num_workers),
+                    not is_worker_count(self.num_workers),
                     f"--num-workers {self.num_workers}: must be auto, N or min..max",
                 ),
                 (
@@ -206,12 +165,7 @@ class LabelConfig(InputConfig):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that the labels depend on, as they were given."""
-        settings = {name: getattr(self, name) for name in IDENTITY}
-        settings["inputs"] = sorted(set(map(normalise_input, self.inputs)))
-        for name in ("model", "weights", "labels"):
-            if settings[name] and os.path.exists(settings[name]):
-                settings[name] = os.path.abspath(settings[name])
-        return settings
+        return {**as_given(self, IDENTITY), "inputs": sorted(set(map(normalise_input, self.inputs)))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +206,7 @@ def run(config: LabelConfig, *, started: float | None = None) -> LabelResult:
     if config.output is None:
         raise ConfigError("-o: name a folder for the result")
     folder = open_run_folder(config.output)
-    if not config.overwrite and not config.update and (finished := find_finished(folder)):
+    if not config.overwrite and not config.update and (finished := find_finished(folder, job="label")):
         _refuse_changes(config, finished["config"]["given"], finished["config"]["resolved"])
         return LabelResult(output=config.output, account=finished, exit_code=0)
 
@@ -264,7 +218,7 @@ def run(config: LabelConfig, *, started: float | None = None) -> LabelResult:
             plan = _update_plan(config, folder, plan, inputs, progress)
         committed = find_committed(folder, plans.read_shards(folder, plan), run_hashes=plan.run_hashes) if plan else {}
         if plan and len(committed) == plan.num_shards:
-            account = Account(folder, plan, committed, started=started)
+            account = LabelAccount(folder, plan, committed, started=started)
         else:
             account = _label(config, folder, lease, plan, committed, inputs, progress, started)
         return _finish(config, folder, account)
@@ -279,7 +233,7 @@ def _label(
     inputs: Inputs,
     progress: Progress,
     started: float,
-) -> Account:
+) -> LabelAccount:
     """List the images where there is no plan yet, then work through the shards that are not committed."""
     timings: dict[str, float] = {}
     progress.show(f"loading {config.model}")
@@ -304,7 +258,7 @@ def _label(
             resolved = _resolve(config, model, listing, precision)
             plan = plans.seal_plan(folder, listing, given=config.identity, resolved=resolved, epoch=lease.epoch)
         _check_split(config, plan)
-        account = Account(folder, plan, committed, started=started)
+        account = LabelAccount(folder, plan, committed, started=started)
         account.timings = timings
         shards = [shard for shard in plans.read_shards(folder, plan) if shard.index not in committed]
         scaling = scaling.limited_to(len(shards))
@@ -312,14 +266,15 @@ def _label(
         task = _describe_task(config, folder, lease, plan, model, scaling)
         rate = Rate()
         progress.show(partial(_describe_progress, account, rate))
-        with keep_account(account, lease, max_in_work=scaling.max_shards_in_work * plan.max_shard_images):
+        account.max_in_work = scaling.max_shards_in_work * plan.max_shard_images
+        with keep_account(account, lease):
             for done in run_shards(task, model, plans.stride_order(shards), scaling=scaling):
                 account.add(done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
                 rate.add(done.counts.num_images, at=done.finished_at, since=done.ready_at)
     return account
 
 
-def _finish(config: LabelConfig, folder: Folder, account: Account) -> LabelResult:
+def _finish(config: LabelConfig, folder: Folder, account: LabelAccount) -> LabelResult:
     sweep_foreign(folder, run_hashes=account.plan.run_hashes)
     if account.failure_rate > config.max_failure_rate:
         written = account.write("too many failures")
@@ -396,10 +351,7 @@ def _refuse_changes(config: LabelConfig, given: dict[str, Any], resolved: dict[s
 
 def _open_model(config: LabelConfig, plan: Plan | None) -> Model:
     """The model that the config names, which has to be the plan's where there is one."""
-    from pipeline.models import open_model
-
-    overrides = {name: getattr(config, name) for name in PRESET if getattr(config, name) is not None}
-    model = open_model(config.model, weights=config.weights, labels=config.labels, overrides=overrides)
+    model = config.load_model(labels=config.labels)
     if config.top_k > model.num_classes:
         raise ConfigError(f"--top-k {config.top_k}: model {config.model!r} has {model.num_classes} classes")
     if plan is not None and (fixed := model.describe()) != plan.resolved["fixed"]:
@@ -532,7 +484,7 @@ def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
     timings[name] = time.monotonic() - began
 
 
-def _describe_progress(account: Account, rate: Rate) -> str:
+def _describe_progress(account: LabelAccount, rate: Rate) -> str:
     done, total = account.counts.num_images, account.plan.num_images
     parts = [f"{done:,}/{total:,} images"]
     if speed := rate.images_per_s:

@@ -144,6 +144,16 @@ def _probe_precision(has_gpu: bool) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
+def find_cause(error: BaseException) -> str:
+    """The innermost reason, in one line: Ray wraps errors into each other, each with the whole traceback."""
+    reasons = []
+    cause: BaseException | None = error
+    while cause is not None:
+        reasons += [line.strip() for line in str(cause).splitlines() if line.strip()][-1:]
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return reasons[-1] if reasons else type(error).__name__
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Scaling
 
@@ -194,3 +204,35 @@ def find_scaling(
         gpus_per_worker=gpus,
         num_decoders=num_decoders,
     )
+
+
+def find_training_scaling(cluster: Cluster, *, num_workers: str, cpus_per_worker: float | None) -> Scaling:
+    """What the cluster allows and the user wishes: a worker for each GPU, or where there are none, for each node.
+
+    (One that computes with all cores of a node has larger batches and no gradients to exchange with its neighbours.)
+    Raises ConfigError where the workers could never be there at once.
+    """
+    gpus = float(cluster.num_gpus > 0)
+    wanted = None if num_workers == "auto" else [int(bound) for bound in num_workers.split("..")]
+    usual = int(cluster.num_gpus) if gpus else cluster.num_nodes
+    low, high = (wanted[0], wanted[-1]) if wanted is not None else (usual, usual)
+    if cpus_per_worker is not None:
+        cpus = cpus_per_worker
+    elif gpus:
+        cpus = max(cluster.cpus_per_node // max(cluster.gpus_per_node, 1), 1.0)
+    else:
+        share = cluster.num_cpus / high
+        cpus = min(float(math.floor(share)) or share, cluster.cpus_per_node)
+    faults = [
+        f"--num-workers {num_workers}: {low} workers with {needed:g} {name} each need {low * needed:g}, and the "
+        f"cluster has {there:g}"
+        for name, needed, there in (("CPU", cpus, cluster.num_cpus), ("GPU", gpus, cluster.num_gpus))
+        if low * needed > there
+    ]
+    if cpus > cluster.cpus_per_node:
+        faults.append(
+            f"--cpus-per-worker {cpus:g}: no node of the cluster has more than {cluster.cpus_per_node:g} CPUs"
+        )
+    if faults:
+        raise ConfigError(*faults)
+    return Scaling(min_workers=low, max_workers=high, cpus_per_worker=cpus, gpus_per_worker=gpus, num_decoders=0)

@@ -25,7 +25,7 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 from ray.exceptions import RayError
 
-from pipeline.cluster import CONCURRENT_SHARDS, Scaling
+from pipeline.cluster import CONCURRENT_SHARDS, Scaling, find_cause
 from pipeline.errors import WorkerError
 from pipeline.images import ImageRow
 from pipeline.models import Model
@@ -83,7 +83,7 @@ def _run_window(task: Task, model: Any, shards: list[Shard], scaling: Scaling) -
         for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
             yield from map(pickle.loads, batch["outcome"])
     except RayError as error:
-        raise WorkerError(f"workers cannot go on: {_find_cause(error)}") from error
+        raise WorkerError(f"workers cannot go on: {find_cause(error)}") from error
 
 
 def _fused(shards: list[Shard], task: Task, model: Any, scaling: Scaling) -> Dataset:
@@ -255,13 +255,3 @@ def _describe_failures(failures: dict[int, str], missing: dict[int, Shard]) -> s
         return f"{len(missing):,} shards were lost with workers that died again and again"
     (error, count), *_ = Counter(known.values()).most_common(1)
     return f"{count:,} of {len(missing):,} unfinished shards failed with {error}"
-
-
-def _find_cause(error: BaseException) -> str:
-    """The innermost reason, in one line: Ray wraps errors into each other, each with the whole traceback."""
-    reasons = []
-    cause: BaseException | None = error
-    while cause is not None:
-        reasons += [line.strip() for line in str(cause).splitlines() if line.strip()][-1:]
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return reasons[-1] if reasons else type(error).__name__

@@ -22,6 +22,8 @@ from pipeline.errors import ModelError
 
 # Of the largest logit; what a head forgets changes the logits by more, and another order of additions by less.
 _TOLERANCE: Final = 1e-2
+# Of a fresh head's weights.
+_HEAD_STD: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,9 +70,10 @@ def find_head(network: nn.Module, crop: int) -> Head:
 def replace_head(network: nn.Module, num_classes: int, crop: int) -> Head:
     """Give the network's head fresh weights for `num_classes` classes, in place; no other weights change.
 
-    They are drawn in PyTorch's default way, from its global generator. Torchvision's ways are meant for training from
-    nothing, and some depend on the number of classes: with two, EfficientNet's would lie between ±0.7 and MNASNet's
-    between ±1.2, where the default is ±0.03.
+    They are small, of a standard deviation of 0.01 (as in Girshick et al. 2014, "Rich feature hierarchies"), and drawn
+    from PyTorch's global generator: the first predictions are nearly uniform, however large the features are, and no
+    class of SqueezeNet's, which activates its logits, is dead from the start. Torchvision's own ways are meant for
+    training from nothing; with two classes, MNASNet's weights would lie between ±1.2.
 
     Auxiliary classifiers are removed: they know the old classes, and serve only to train from nothing.
     """
@@ -86,7 +89,9 @@ def replace_head(network: nn.Module, num_classes: int, crop: int) -> Head:
     layer.weight = nn.Parameter(layer.weight.new_empty(num_classes, *layer.weight.shape[1:]))
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.new_empty(num_classes))
-    layer.reset_parameters()
+    nn.init.normal_(layer.weight, std=_HEAD_STD)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return find_head(network, crop)  # which fails where the rest of the network counts on the old classes
 
 

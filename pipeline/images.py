@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -36,6 +36,10 @@ class ImageRow:
         self.error = error[: schema.MAX_ERROR_CHARS]
 
 
+# Its images come with pixels, (3, crop, crop) uint8, or with an error in their rows.
+Opened = Generator[tuple[ImageRow, Tensor | None], None, None]
+
+
 class ImageOpener:
     """Opens images with its own threads, a bounded number of them ahead."""
 
@@ -46,11 +50,8 @@ class ImageOpener:
         self._max_pixels = max_pixels
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
-    def open_images(self, images: Iterable[ListedImage], *, ahead: int) -> Iterator[tuple[ImageRow, Tensor | None]]:
-        """Each image in its order, with its pixels, (3, crop, crop) uint8, or with an error in its row.
-
-        Up to `ahead` of them are open before it is their turn.
-        """
+    def open_images(self, images: Iterable[ListedImage], *, ahead: int) -> Opened:
+        """Each image, in its order; up to `ahead` of them are open before it is their turn."""
         fetches = self._fetcher.fetch(images)
         opened: deque[Future[tuple[ImageRow, Tensor | None]]] = deque()
         window = 1 + ahead

@@ -43,8 +43,12 @@ class Inputs:
         """How many images were met more than once, and listed once."""
         self.notices: list[str] = []
         """What else is worth a line to the user."""
+        self.class_names: set[tuple[str, ...]] = set()
+        """The names of all classes in the order of their ids, as each of the tables says that knows them, as far as
+        images were listed."""
         self._primed: Iterator[ListedImage] | None = None
-        self._sources = _open_sources(given, replace(options, notice=self.notices.append))
+        options = replace(options, notice=self.notices.append, class_names=self.class_names.add)
+        self._sources = _open_sources(given, options)
         is_remote = any(has_scheme(source.uri) for source in self._sources)
         self._containers_ahead = _REMOTE_CONTAINERS_AHEAD if is_remote else _CONTAINERS_AHEAD
 
@@ -56,6 +60,7 @@ class Inputs:
             return
         for counts in (self.skipped, *(source.skipped for source in self._sources)):
             counts.clear()
+        self.class_names.clear()
         self.num_repeated = 0
         num_images = 0
         with contextlib.closing(self._list_distinct()) as images:
@@ -64,6 +69,11 @@ class Inputs:
                 yield image
         if num_images == 0:
             raise _nothing_found(self.given, self.skipped)
+
+    @property
+    def trees(self) -> list[TreeSource]:
+        """The folders among the inputs."""
+        return [source for source in self._sources if isinstance(source, TreeSource)]
 
     def check_not_empty(self) -> None:
         """Raise NoImagesError where there is nothing to list; what is listed for that is not listed again."""

@@ -30,6 +30,7 @@ WEIGHTS: Final = "model.safetensors"
 LABELS: Final = "labels.txt"
 PREPROCESSOR: Final = "preprocessor_config.json"
 README: Final = "README.md"
+MODEL_FILES: Final = (WEIGHTS, LABELS, README, PREPROCESSOR, CONFIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +74,16 @@ def read_model_dir(path: str) -> ModelDir:
         raise ModelError(f"model directory {path!r} cannot be understood: {type(error).__name__}: {error}") from error
 
 
-def write_model_dir(
-    path: str,
+def write_model_dir(path: str, files: dict[str, bytes]) -> None:
+    """Write the files of a model directory; a directory is one when its last file, `config.json`, is there."""
+    root = Path(path)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / CONFIG).unlink(missing_ok=True)
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+
+
+def compose_model_dir(
     *,
     architecture: str,
     arguments: dict[str, Any],
@@ -82,24 +91,23 @@ def write_model_dir(
     categories: tuple[str, ...],
     preset: Preset,
     readme: str,
-) -> None:
-    """Export a model; `config.json` is written last, so that a directory is a model directory when it is whole."""
+) -> dict[str, bytes]:
+    """The files of a model directory, by name; `config.json`, which makes it one, is the last."""
     if any("\n" in category for category in categories):
         raise ValueError(f"a category's name cannot contain a line break: {categories!r}")
-    root = Path(path)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / CONFIG).unlink(missing_ok=True)
-    (root / WEIGHTS).write_bytes(save({key: value.contiguous() for key, value in state.items()}))
-    (root / LABELS).write_text("".join(f"{category}\n" for category in categories), encoding="utf-8")
-    (root / README).write_text(readme, encoding="utf-8")
-    (root / PREPROCESSOR).write_text(json.dumps(_describe_preset(preset), indent=2) + "\n")
     config = {
         "format": FORMAT,
         "architecture": architecture,
         "arguments": arguments,
         "num_classes": len(categories),
     }
-    (root / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return {
+        WEIGHTS: save({key: value.contiguous() for key, value in state.items()}),
+        LABELS: "".join(f"{category}\n" for category in categories).encode(),
+        README: readme.encode(),
+        PREPROCESSOR: _to_json(_describe_preset(preset)),
+        CONFIG: _to_json(config),
+    }
 
 
 def read_labels(path: str | Path) -> tuple[str, ...]:
@@ -119,6 +127,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{str(path)!r} holds no JSON object")
     return content
+
+
+def _to_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _describe_preset(preset: Preset) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models as zoo
 
 from pipeline.errors import ModelError
+from pipeline.heads import replace_head
 from pipeline.model_dir import is_model_dir, read_labels, read_model_dir
 from pipeline.presets import Preset
 from pipeline.weights import (
@@ -75,6 +77,8 @@ class Model:
     def build(self) -> nn.Module:
         """The network with its weights, in float32 on the CPU, ready for inference."""
         network = _build_network(self.architecture, self.arguments)
+        if is_factory(self.architecture):
+            _fit_classes(network, self.num_classes, self.preset.crop)
         load_weights(network, safetensors.torch.load(self.state))
         return network.float().eval()
 
@@ -104,9 +108,43 @@ def open_model(
     categories = read_labels(labels) if labels else None
     if is_model_dir(name):
         return _open_model_dir(name, weights, categories, overrides or {})
-    if ":" in name:
+    if is_factory(name):
         return _open_factory(name, weights, categories, overrides or {})
     return _open_registered(name, weights, categories, overrides or {})
+
+
+def adapt_model(model: Model, categories: tuple[str, ...], *, seed: int) -> Model:
+    """`model` for other categories: with a fresh head, or altogether fresh where it has no trained weights.
+
+    A model that knows these categories, in this order, is taken as it is; so is a factory's that has as many outputs.
+    Raises ModelError where its head cannot be replaced.
+    """
+    if model.categories == categories and model.weights != "none":
+        return model
+    arguments, num_classes = dict(model.arguments), len(categories)
+    if not is_factory(model.architecture) or _takes_num_classes(model.architecture):
+        arguments["num_classes"] = num_classes
+    if not is_trained(model):
+        network = _seeded_network(model.architecture, arguments, seed)
+        if is_factory(model.architecture):
+            _fit_classes(network, num_classes, model.preset.crop, seed=seed)
+    else:
+        network = model.build()
+        if not (is_factory(model.architecture) and model.num_classes == num_classes):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                replace_head(network, num_classes, model.preset.crop)
+    return replace(model, arguments=arguments, categories=categories, state=serialise_weights(network))
+
+
+def is_trained(model: Model) -> bool:
+    """Whether its weights know something already; what a factory returns is taken for new."""
+    return model.weights != "none" and not (is_factory(model.architecture) and model.weights == "DEFAULT")
+
+
+def is_factory(name: str) -> bool:
+    """Whether a model's name is `module:factory`."""
+    return ":" in name
 
 
 def list_registered() -> list[str]:
@@ -170,10 +208,10 @@ def _open_model_dir(path: str, weights: str, labels: tuple[str, ...] | None, ove
     found = read_model_dir(path)
     if weights != "DEFAULT":
         raise ModelError(f"--weights {weights!r} does not go with a model directory, which has its own: {path!r}")
-    if ":" in found.architecture:
+    if is_factory(found.architecture):
         raise ModelError(
             f"model directory {path!r} needs the code of {found.architecture!r}, which is run only where you name it: "
-            f"--model {found.architecture} --weights {found.weights_path} --labels {found.path / 'labels.txt'}"
+            f"--model {found.architecture} --weights {path}"
         )
     if found.architecture not in list_registered():
         raise ModelError(f"model directory {path!r}: {describe_unknown(found.architecture)}")
@@ -201,19 +239,22 @@ def _open_model_dir(path: str, weights: str, labels: tuple[str, ...] | None, ove
 
 
 def _open_factory(name: str, weights: str, labels: tuple[str, ...] | None, overrides: dict[str, Any]) -> Model:
-    preset = replace(Preset(), **overrides)
-    network = _seeded_network(name, {})
+    """A model of the user's own code; `weights` may be a model directory, which knows all the rest about it."""
+    found = read_model_dir(weights) if is_model_dir(weights) else None
+    if found is not None and found.architecture != name:
+        raise ModelError(f"model directory {weights!r} has weights of {found.architecture!r}, and not of {name!r}")
+    preset = replace(found.preset if found else Preset(), **overrides)
+    arguments = found.arguments if found else {}
+    network = _seeded_network(name, arguments)
+    if found is not None:
+        _fit_classes(network, len(found.categories), preset.crop)
+        weights, labels = found.weights_path, labels or found.categories
     label, sha256 = weights.lower() if weights.lower() == "none" else "DEFAULT", None
     if weights not in ("DEFAULT", "none", "None"):
         label = _find_weights_file(name, weights, {})
         state, sha256 = read_weights(label)
         fit_weights(network, state, label)
-    try:
-        with torch.inference_mode():
-            scores = network.eval()(torch.zeros(1, 3, preset.crop, preset.crop))
-    except Exception as error:  # the user's code may raise anything
-        raise ModelError(f"model {name!r} fails on a {preset.crop} x {preset.crop} image: {error}") from error
-    num_classes = _count_scores(scores, name)
+    num_classes = _count_scores(name, network, preset.crop)
     categories = labels or tuple(map(str, range(num_classes)))
     if num_classes != len(categories):
         raise ModelError(_describe_class_count(name, num_classes, len(categories), has_labels=True))
@@ -223,7 +264,7 @@ def _open_factory(name: str, weights: str, labels: tuple[str, ...] | None, overr
         weights=label,
         sha256=sha256 or hashlib.sha256(packed).hexdigest(),
         architecture=name,
-        arguments={},
+        arguments=arguments,
         categories=categories,
         preset=preset,
         state=packed,
@@ -271,9 +312,9 @@ class _EmptyLayers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _seeded_network(architecture: str, arguments: dict[str, Any]) -> nn.Module:
+def _seeded_network(architecture: str, arguments: dict[str, Any], seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         if ":" in architecture:
             return _call(_find_factory(architecture), architecture, arguments)
         return _call(partial(zoo.get_model, architecture), architecture, arguments)
@@ -305,23 +346,40 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
     return factory  # type: ignore[no-any-return]
 
 
+def _takes_num_classes(name: str) -> bool:
+    try:
+        return "num_classes" in inspect.signature(_find_factory(name)).parameters
+    except ValueError:  # some callables written in C have no signature
+        return False
+
+
+def _fit_classes(network: nn.Module, num_classes: int, crop: int, *, seed: int = 0) -> None:
+    """Replace the head of a factory's network where it has not as many outputs, in the same way every time."""
+    if _count_scores(type(network).__name__, network, crop) != num_classes:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            replace_head(network, num_classes, crop)
+
+
 def _check(model: Model) -> Model:
     """Try the forward pass on the meta device, so that a crop which the network cannot take is known at once."""
-    side = model.preset.crop
-    network = _build_network(model.architecture, model.arguments).to("meta").eval()
-    try:
-        with torch.inference_mode():
-            scores = network(torch.empty(2, 3, side, side, device="meta"))
-    except Exception as error:  # networks complain with every type there is
-        raise ModelError(f"model {model.name!r} cannot take {side} x {side} images (--crop): {error}") from error
-    if _count_scores(scores, model.name) != model.num_classes:
+    network = _build_network(model.architecture, model.arguments).to("meta")
+    num_classes = _count_scores(model.name, network, model.preset.crop)
+    if num_classes != model.num_classes:
         raise ModelError(
-            _describe_class_count(model.name, scores.shape[1], model.num_classes, has_labels=True)
+            _describe_class_count(model.name, num_classes, model.num_classes, has_labels=True)
         )  # pragma: no cover
     return model
 
 
-def _count_scores(scores: object, name: str) -> int:
+def _count_scores(name: str, network: nn.Module, crop: int) -> int:
+    """How many classes a network tells apart; raises ModelError where it takes no such images, or returns no logits."""
+    device = next((parameter.device for parameter in network.parameters()), None)
+    try:
+        with torch.inference_mode():
+            scores = network.eval()(torch.zeros(2, 3, crop, crop, device=device))
+    except Exception as error:  # networks, and the code of users, complain with every type there is
+        raise ModelError(f"model {name!r} cannot take {crop} x {crop} images (--crop): {error}") from error
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         shown = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ModelError(f"model {name!r} returns {shown}, and not logits of shape (images, classes)")

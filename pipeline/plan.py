@@ -159,8 +159,12 @@ def write_listing(
 
 def seal_plan(folder: Folder, listing: Listing, *, given: dict[str, Any], resolved: dict[str, Any], epoch: int) -> Plan:
     """Freeze a listing together with its settings; from here on the run has an id."""
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    return _seal(folder, Plan(run_id=run_id, epoch=epoch, segments=(listing,), given=given, resolved=resolved))
+    return _seal(folder, Plan(run_id=make_run_id(), epoch=epoch, segments=(listing,), given=given, resolved=resolved))
+
+
+def make_run_id() -> str:
+    """A name for a run that no other one has."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
 def extend_plan(folder: Folder, plan: Plan, listing: Listing) -> Plan:
@@ -258,17 +262,27 @@ def _shards_name(segment: int) -> str:
 
 
 def load_plan(folder: Folder) -> Plan | None:
-    """The sealed plan in `folder`, or None where there is none; raises OutputError where it is of another version."""
+    """The sealed plan in `folder`, or None where there is none; raises OutputError where it is of another kind."""
+    fields = read_seal(folder, job="label", format=FORMAT)
+    if fields is None:
+        return None
+    return Plan(**{**fields, "segments": tuple(Listing(**listing) for listing in fields["segments"])})
+
+
+def read_seal(folder: Folder, *, job: str, format: int) -> dict[str, Any] | None:
+    """What is sealed in `folder`, or None; raises OutputError where it is of another job or version."""
     try:
-        fields = json.loads(folder.read(SEAL))
+        fields: dict[str, Any] = json.loads(folder.read(SEAL))
     except FileNotFoundError:
         return None
-    if (found := fields.get("format")) != FORMAT:
+    if (found := fields.get("job", "label")) != job:
+        raise OutputError(f"{folder.locate()!r} holds a run of `nightshift {found}`; name another output")
+    if (found := fields.get("format")) != format:
         raise OutputError(
-            f"{folder.locate()!r} holds a plan of format {found}, and this nightshift knows {FORMAT}: continue it "
+            f"{folder.locate()!r} holds a plan of format {found}, and this nightshift knows {format}: continue it "
             f"with the version that made it, or name another output"
         )
-    return Plan(**{**fields, "segments": tuple(Listing(**listing) for listing in fields["segments"])})
+    return fields
 
 
 def read_shards(folder: Folder, plan: Plan) -> list[Shard]:

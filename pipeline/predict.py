@@ -30,9 +30,9 @@ class Predictor:
     """A network that is ready on its device; safe to be called from several threads, one batch at a time."""
 
     def __init__(self, model: Model, *, device: str = "cpu", precision: Precision = "fp32", top_k: int = 5) -> None:
-        self.device = _open_device(device, precision)
+        self.device = open_device(device, precision)
         self.top_k = top_k
-        self._dtype = _DTYPES[precision]
+        self._precision = precision
         self._lock = threading.Lock()
         self._network = nn.Sequential(Normalise(model.preset), model.build()).eval()
         self._network.to(self.device).to(memory_format=torch.channels_last)
@@ -40,7 +40,7 @@ class Predictor:
     def __call__(self, pixels: Tensor) -> TopK:
         """(B, 3, H, W) uint8 → the top k of each image; the softmax is in float32 whatever the precision."""
         with self._lock, torch.inference_mode():
-            with torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            with autocast(self.device, self._precision):
                 batch = pixels.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
                 logits = self._network(batch)
             logits = logits.float()
@@ -50,7 +50,13 @@ class Predictor:
             return TopK(scores.cpu().numpy(), label_ids.to(torch.int32).cpu().numpy())
 
 
-def _open_device(name: str, precision: Precision) -> torch.device:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """A block in which a network computes in `precision`, as far as that does no harm."""
+    return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")
+
+
+def open_device(name: str, precision: Precision) -> torch.device:
+    """The device, which has to be there and able to compute in `precision`; raises WorkerError else."""
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():

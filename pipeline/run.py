@@ -107,14 +107,19 @@ def open_log(folder: Folder) -> Iterator[Path]:
                 folder.put(DRIVER_LOG, log.read_bytes())
 
 
-def find_finished(folder: Folder) -> dict[str, Any] | None:
-    """The account of a run that is complete, or None where there is still something to do."""
+def find_finished(folder: Folder, *, job: str) -> dict[str, Any] | None:
+    """The account of a run that is complete, or None where there is still something to do.
+
+    Raises OutputError where it is a run of another job.
+    """
     if not folder.exists(SUCCESS):
         return None
     try:
         account: dict[str, Any] = json.loads(folder.read(RUN))
     except (FileNotFoundError, ValueError):
         return None  # the parts are still there: the run is finished once more from them
+    if (found := account.get("job", job)) != job:
+        raise OutputError(f"{folder.locate()!r} holds a run of `nightshift {found}`; name another output")
     return account
 
 
@@ -163,24 +168,77 @@ def _show(value: Any) -> str:
 
 
 class Account:
-    """What run.json says; counted in the driver's main thread, written from wherever it is time to."""
+    """What run.json says; told in the driver's main thread, written from wherever it is time to."""
 
-    def __init__(self, folder: Folder, plan: Plan, committed: dict[int, Counts], *, started: float) -> None:
-        """Start from what earlier invocations have committed; `started` is in seconds since 1970."""
-        self._folder = folder
-        self._guard = threading.Lock()
-        self.plan = plan
-        self.counts = Counts()
+    job: str
+
+    def __init__(self, folder: Folder, run_id: str, *, given: Settings, resolved: Settings, started: float) -> None:
+        """`started` is when this invocation was asked for, in seconds since 1970."""
+        self.run_id = run_id
         self.timings: dict[str, float] = {}
         self.cluster: dict[str, Any] | None = None
+        self._folder = folder
+        self._guard = threading.Lock()
+        self._config = {"given": given, "resolved": resolved}
         self._started = started
-        self._before = _read_invocations(folder, plan.run_id)
+        self._before = _read_invocations(folder, run_id)
+        self._state: State = "running"
+
+    def write(self, state: State | None = None) -> dict[str, Any]:
+        """Write run.json, atomically, and return what it says."""
+        with self._guard:
+            self._state = state or self._state
+            invocations = [*self._before, self._describe_invocation()]
+            account = {
+                "job": self.job,
+                "run_id": self.run_id,
+                "state": self._state,
+                **self._describe(invocations),
+                "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()},
+                "model": _describe_model(self._config["resolved"]),
+                "config": self._config,
+                "cluster": self.cluster,
+                "versions": {"python": platform.python_version(), **{n: _find_version(n) for n in _VERSIONED}},
+                "invocations": invocations,
+            }
+            self._folder.put(RUN, json.dumps(account, indent=2).encode())
+            return account
+
+    def describe_stop(self) -> str:
+        """What an interrupt leaves, for the user."""
+        raise NotImplementedError
+
+    def _describe(self, invocations: list[dict[str, Any]]) -> dict[str, Any]:
+        """What there is to say of this kind of run."""
+        raise NotImplementedError
+
+    def _describe_invocation(self) -> dict[str, Any]:
+        return {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "state": self._state,
+            "seconds": round(time.time() - self._started, 3),
+        }
+
+
+class LabelAccount(Account):
+    """The account of a labelling run."""
+
+    job = "label"
+
+    def __init__(self, folder: Folder, plan: Plan, committed: dict[int, Counts], *, started: float) -> None:
+        """Start from what earlier invocations have committed."""
+        super().__init__(folder, plan.run_id, given=plan.given, resolved=plan.resolved, started=started)
+        self.plan = plan
+        self.counts = Counts()
         for counts in committed.values():
             self.counts.add(counts)
+        self.max_in_work = 0
+        """How many images workers may be at work on at once."""
         self._num_before = self.counts.num_images
         self._ready_at: float | None = None
         self._last_part_at: float | None = None
-        self._state: State = "running"
 
     def add(self, counts: Counts, *, ready_at: float, finished_at: float) -> None:
         """Count a part that was just committed, by a worker that was ready at that time."""
@@ -198,21 +256,17 @@ class Account:
     def failure_rate(self) -> float:
         return self.counts.num_failed / max(self.plan.num_images, 1)
 
-    def write(self, state: State | None = None) -> dict[str, Any]:
-        """Write run.json, atomically, and return what it says."""
-        with self._guard:
-            self._state = state or self._state
-            account = self._describe()
-            self._folder.put(RUN, json.dumps(account, indent=2).encode())
-            return account
+    def describe_stop(self) -> str:
+        done, listed = self.counts.num_images, self.plan.num_images
+        return (
+            f"stopped: {done:,} of {listed:,} images are done and kept, up to "
+            f"{min(self.max_in_work, listed - done):,} that were in work will be redone; the same command continues"
+        )
 
-    def _describe(self) -> dict[str, Any]:
-        invocations = [*self._before, self._describe_invocation()]
+    def _describe(self, invocations: list[dict[str, Any]]) -> dict[str, Any]:
         num_images = sum(invocation["images"] for invocation in invocations)
         active_s = sum(invocation["active_seconds"] for invocation in invocations)
         return {
-            "run_id": self.plan.run_id,
-            "state": self._state,
             "counts": {
                 "listed": self.plan.num_images,
                 "labelled": self.counts.labelled,
@@ -223,9 +277,6 @@ class Account:
                 "images_per_s": round(num_images / active_s, 2) if active_s else None,
                 "seconds": round(sum(invocation["seconds"] for invocation in invocations), 3),
             },
-            "timings": {name: round(seconds, 3) for name, seconds in self.timings.items()},
-            "model": _describe_model(self.plan.resolved),
-            "config": {"given": self.plan.given, "resolved": self.plan.resolved},
             "plan": {
                 "epoch": self.plan.epoch,
                 "shards": self.plan.num_shards,
@@ -234,31 +285,21 @@ class Account:
                     for segment, run_hash in zip(self.plan.segments, self.plan.run_hashes, strict=True)
                 ],
             },
-            "cluster": self.cluster,
-            "versions": {"python": platform.python_version(), **{n: _find_version(n) for n in _VERSIONED}},
-            "invocations": invocations,
         }
 
     def _describe_invocation(self) -> dict[str, Any]:
         # From the first worker that could run its model to the last part.
         active_s = self._last_part_at - self._ready_at if self._last_part_at and self._ready_at else 0.0
         return {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "state": self._state,
+            **super()._describe_invocation(),
             "images": self.num_new,
-            "seconds": round(time.time() - self._started, 3),
             "active_seconds": round(active_s, 3),
         }
 
 
 @contextlib.contextmanager
-def keep_account(account: Account, lease: HeldLease, *, max_in_work: int) -> Iterator[None]:
-    """Renew the lease and refresh run.json while the block lasts; however it ends early, run.json says so.
-
-    `max_in_work` is how many images workers may be at work on when they are stopped.
-    """
+def keep_account(account: Account, lease: HeldLease) -> Iterator[None]:
+    """Renew the lease and refresh run.json while the block lasts; however it ends early, run.json says so."""
     account.write("running")
     ended = threading.Event()
 
@@ -281,10 +322,8 @@ def keep_account(account: Account, lease: HeldLease, *, max_in_work: int) -> Ite
         state = "running"
     except KeyboardInterrupt as interrupt:
         state = "stopped"
-        done, listed = account.counts.num_images, account.plan.num_images
         raise InterruptedRunError(
-            f"stopped: {done:,} of {listed:,} images are done and kept, up to {min(max_in_work, listed - done):,} that "
-            f"were in work will be redone; the same command continues",
+            account.describe_stop(),
             signal=interrupt.args[0] if interrupt.args else signal.SIGINT,
         ) from None
     finally:

@@ -22,6 +22,18 @@ PLAN: Final = pa.schema(
     ]
 )
 
+# One row an image to train or to validate on, in the order of the plan.
+EXAMPLES: Final = pa.schema([*PLAN, pa.field("label_id", pa.int32(), nullable=False)])
+
+# One row an image that is left out of a training, and why.
+UNUSABLE: Final = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("error_stage", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+    ]
+)
+
 # One row a shard: the images [first, first + num_images) of a segment of the plan.
 SHARDS: Final = pa.schema(
     [

@@ -45,7 +45,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
     from torchvision import models as zoo
 
-    from pipeline.model_dir import write_model_dir
+    from pipeline.model_dir import compose_model_dir, write_model_dir
     from pipeline.presets import Preset
 
     arguments = {"width_mult": 0.1}
@@ -56,12 +56,14 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("model") / "tiny"
     write_model_dir(
         str(path),
-        architecture="mobilenet_v2",
-        arguments=arguments,
-        state=network.state_dict(),
-        categories=CATEGORIES,
-        preset=Preset(resize=40, crop=32),
-        readme="Random weights, for tests.\n",
+        compose_model_dir(
+            architecture="mobilenet_v2",
+            arguments=arguments,
+            state=network.state_dict(),
+            categories=CATEGORIES,
+            preset=Preset(resize=40, crop=32),
+            readme="Random weights, for tests.\n",
+        ),
     )
     return str(path)
 

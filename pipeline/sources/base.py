@@ -110,6 +110,8 @@ class ListingOptions:
     """How often a request that failed for a passing reason is repeated."""
     notice: Callable[[str], None] = lambda text: None
     """Takes what is worth a line to the user."""
+    class_names: Callable[[tuple[str, ...]], None] = lambda names: None
+    """Takes the names of all classes, in the order of their ids, from a table that knows them."""
 
 
 def find_file_kind(name: str) -> FileKind | None:

@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
 import pyarrow as pa
@@ -94,7 +95,10 @@ class ParquetSource:
     def _list_rows(self, file: pq.ParquetFile, column: ImageColumn) -> Iterator[ListedImage]:
         schema = file.schema_arrow
         label_column = find_label_column(_find_label_columns(schema), options=self.options, uri=self.uri)
-        name_label = _find_label_names(schema, label_column)
+        name_label: Callable[[Any], str | None] = to_label
+        if (names := _find_class_names(schema, label_column)) is not None:
+            name_label = partial(_name_class, names)
+            self.options.class_names(names)
         reference_column = column.name if column.form == "reference" else None
         columns = [name for name in (label_column, reference_column) if name is not None]
         row = 0
@@ -109,7 +113,10 @@ class ParquetSource:
                         yield from self._list_reference(row, reference, reference_column, target)
                     else:
                         uri = row_uri(self.uri, row)
-                        yield ListedImage(uri, find_target(target, uri, options=self.options), None, offset, None, unit)
+                        # With class labels, a row that has none is meant so, whatever the folder of its file is called.
+                        if names is None:
+                            target = find_target(target, uri, options=self.options)
+                        yield ListedImage(uri, target, None, offset, None, unit)
                     row += 1
 
     def _list_reference(
@@ -297,9 +304,12 @@ def _find_label_columns(schema: pa.Schema) -> list[str]:
     return [name for name in schema.names if not (is_own and name == "label")]
 
 
-def _find_label_names(schema: pa.Schema, column: str | None) -> Callable[[Any], str | None]:
-    """What turns a cell of the label column into a name: by the names of a ClassLabel, where they are known."""
+def _find_class_names(schema: pa.Schema, column: str | None) -> tuple[str, ...] | None:
+    """The names of all classes in the order of their ids, where the label column is a ClassLabel that has them."""
     names = _read_features(schema).get(column or "", {}).get("names")
-    if not isinstance(names, list):
-        return to_label
-    return lambda cell: str(names[cell]) if isinstance(cell, int) and 0 <= cell < len(names) else None
+    return tuple(to_label(name) or "" for name in names) if isinstance(names, list) else None
+
+
+def _name_class(names: tuple[str, ...], cell: Any) -> str | None:
+    """The name of the class with the id in `cell`, or None where there is none."""
+    return names[cell] or None if isinstance(cell, int) and 0 <= cell < len(names) else None

@@ -7,7 +7,7 @@ from torchvision import models as zoo
 from pipeline import models
 from pipeline.errors import ModelError
 from pipeline.heads import Embedding, Features, find_head, freeze_backbone, replace_head, split_head, split_parameters
-from pipeline.model_dir import write_model_dir
+from pipeline.model_dir import compose_model_dir, write_model_dir
 from pipeline.models import list_registered, open_model
 
 # The smallest of each family, and the smallest images that it takes.
@@ -176,12 +176,14 @@ def test_network_with_a_new_head_comes_back_from_its_model_directory(name, tmp_p
     replace_head(network, 2, model.preset.crop)
     write_model_dir(
         str(tmp_path),
-        architecture=model.architecture,
-        arguments=model.arguments,
-        state=network.state_dict(),
-        categories=("ants", "bees"),
-        preset=model.preset,
-        readme="",
+        compose_model_dir(
+            architecture=model.architecture,
+            arguments=model.arguments,
+            state=network.state_dict(),
+            categories=("ants", "bees"),
+            preset=model.preset,
+            readme="",
+        ),
     )
     again = open_model(str(tmp_path)).build()
     images = draw(1, 64)

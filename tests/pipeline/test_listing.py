@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 import threading
@@ -270,6 +271,28 @@ def test_listing_may_be_repeated(tmp_path):
     inputs = Inputs((str(tmp_path), f"{tmp_path}/1.jpg"), options=ListingOptions())
     assert list(inputs.list_images()) == list(inputs.list_images())
     assert (inputs.skipped, inputs.num_repeated) == ({".md": 1}, 1)
+
+
+def test_class_names_are_those_of_the_tables_that_were_listed(tmp_path):
+    for number, names in enumerate((["b", "a"], ["b", "a"], ["c"], None)):
+        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = pa.table({"image": [b"x"], "label": [0]}).replace_schema_metadata({"huggingface": json.dumps(features)})
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+    inputs = Inputs((f"{tmp_path}/0.parquet", f"{tmp_path}"), options=ListingOptions())
+    assert len(list(inputs.list_images())) == 4
+    assert inputs.class_names == {("b", "a"), ("c",)}
+    (tmp_path / "2.parquet").unlink()
+    assert len(list(inputs.list_images())) == 3
+    assert inputs.class_names == {("b", "a")}
+
+
+def test_trees_are_the_folders_among_the_inputs(tmp_path):
+    write_files(tmp_path, "a/1.jpg", "b/2.jpg", "3.jpg")
+    inputs = Inputs((f"{tmp_path}/3.jpg", f"{tmp_path}/b*", f"{tmp_path}/a"), options=ListingOptions())
+    assert [(tree.uri, tree.pattern is None) for tree in inputs.trees] == [
+        (f"{tmp_path}/a", True),
+        (f"{tmp_path}", False),
+    ]
 
 
 def test_nothing_at_all_is_told_before_a_run(tmp_path):

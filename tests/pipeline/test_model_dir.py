@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import ModelError
-from pipeline.model_dir import is_model_dir, read_labels, read_model_dir, write_model_dir
+from pipeline.model_dir import compose_model_dir, is_model_dir, read_labels, read_model_dir, write_model_dir
 from pipeline.presets import Preset
 
 PRESET = Preset(resize=40, crop=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bicubic")
@@ -15,12 +15,14 @@ PRESET = Preset(resize=40, crop=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), i
 def model_dir(tmp_path):
     write_model_dir(
         str(tmp_path / "model"),
-        architecture="resnet18",
-        arguments={"width_per_group": 64},
-        state={"weight": torch.zeros(2)},
-        categories=("ant", "stick insect"),
-        preset=PRESET,
-        readme="A model.\n",
+        compose_model_dir(
+            architecture="resnet18",
+            arguments={"width_per_group": 64},
+            state={"weight": torch.zeros(2)},
+            categories=("ant", "stick insect"),
+            preset=PRESET,
+            readme="A model.\n",
+        ),
     )
     return tmp_path / "model"
 
@@ -76,7 +78,8 @@ def test_labels_keep_their_order_and_lose_the_last_line_break(tmp_path):
 def test_weights_in_another_memory_format_are_written(tmp_path):
     weight = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
     write_model_dir(
-        str(tmp_path), architecture="a", arguments={}, state={"w": weight}, categories=(), preset=PRESET, readme=""
+        str(tmp_path),
+        compose_model_dir(architecture="a", arguments={}, state={"w": weight}, categories=(), preset=PRESET, readme=""),
     )
     assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], weight)
 
@@ -85,10 +88,12 @@ def test_category_with_a_line_break_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="line break"):
         write_model_dir(
             str(tmp_path / "x"),
-            architecture="a",
-            arguments={},
-            state={},
-            categories=("a\nb",),
-            preset=PRESET,
-            readme="",
+            compose_model_dir(
+                architecture="a",
+                arguments={},
+                state={},
+                categories=("a\nb",),
+                preset=PRESET,
+                readme="",
+            ),
         )

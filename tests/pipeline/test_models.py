@@ -9,7 +9,7 @@ from torchvision import models as zoo
 
 from pipeline import models
 from pipeline.errors import ModelError
-from pipeline.model_dir import write_model_dir
+from pipeline.model_dir import compose_model_dir, write_model_dir
 from pipeline.models import list_registered, open_model
 from pipeline.presets import Preset
 
@@ -220,7 +220,7 @@ def test_factory_takes_weights_from_a_file(factory, tmp_path):
 
 
 def test_factory_that_does_not_fit_is_found_before_any_worker_starts(factory):
-    with pytest.raises(ModelError, match="fails on a 224 x 224 image"):
+    with pytest.raises(ModelError, match="cannot take 224 x 224 images"):
         open_model(factory)
     with pytest.raises(ModelError, match="not logits of shape"):
         open_model("my_nets:flat")
@@ -229,12 +229,14 @@ def test_factory_that_does_not_fit_is_found_before_any_worker_starts(factory):
 def test_model_directory_never_imports_code_that_was_not_named(factory, tmp_path):
     write_model_dir(
         str(tmp_path / "dir"),
-        architecture=factory,
-        arguments={},
-        state={"1.weight": torch.zeros(3, 192), "1.bias": torch.zeros(3)},
-        categories=("a", "b", "c"),
-        preset=Preset(resize=8, crop=8),
-        readme="",
+        compose_model_dir(
+            architecture=factory,
+            arguments={},
+            state={"1.weight": torch.zeros(3, 192), "1.bias": torch.zeros(3)},
+            categories=("a", "b", "c"),
+            preset=Preset(resize=8, crop=8),
+            readme="",
+        ),
     )
     with pytest.raises(ModelError, match=r"needs the code of 'my_nets:make'.*--model my_nets:make --weights"):
         open_model(str(tmp_path / "dir"))
@@ -244,12 +246,14 @@ def test_model_directory_never_imports_code_that_was_not_named(factory, tmp_path
 def test_model_directory_may_not_reach_for_other_weights(tmp_path):
     write_model_dir(
         str(tmp_path),
-        architecture="resnet18",
-        arguments={"weights": "DEFAULT"},
-        state={"x": torch.zeros(1)},
-        categories=("a",),
-        preset=Preset(),
-        readme="",
+        compose_model_dir(
+            architecture="resnet18",
+            arguments={"weights": "DEFAULT"},
+            state={"x": torch.zeros(1)},
+            categories=("a",),
+            preset=Preset(),
+            readme="",
+        ),
     )
     with pytest.raises(ModelError, match=r"may not have: \['weights'\]"):
         open_model(str(tmp_path))

@@ -21,7 +21,7 @@ from pipeline.plan import Listing, Plan, load_plan, seal_plan, write_listing
 from pipeline.run import (
     RUN,
     SUCCESS,
-    Account,
+    LabelAccount,
     clear_run,
     find_finished,
     keep_account,
@@ -53,8 +53,8 @@ def plan() -> Plan:
 
 
 @pytest.fixture
-def account(folder, plan) -> Account:
-    return Account(folder, plan, {}, started=1_000_000.0)
+def account(folder, plan) -> LabelAccount:
+    return LabelAccount(folder, plan, {}, started=1_000_000.0)
 
 
 def read_account(folder) -> dict:
@@ -138,11 +138,11 @@ def test_unfinished_files_lie_on_the_same_file_system_outside_the_data(tmp_path)
 
 
 def test_run_is_finished_when_it_says_so(folder):
-    assert find_finished(folder) is None
+    assert find_finished(folder, job="label") is None
     folder.put(RUN, b'{"state": "done"}')
-    assert find_finished(folder) is None  # _SUCCESS comes last
+    assert find_finished(folder, job="label") is None  # _SUCCESS comes last
     folder.put(SUCCESS, b"")
-    assert find_finished(folder) == {"state": "done"}
+    assert find_finished(folder, job="label") == {"state": "done"}
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"state": '])
@@ -150,7 +150,7 @@ def test_finished_run_without_a_readable_account_is_finished_once_more(folder, c
     folder.put(SUCCESS, b"")
     if content is not None:
         folder.put(RUN, content)
-    assert find_finished(folder) is None
+    assert find_finished(folder, job="label") is None
 
 
 def test_cleared_run_leaves_only_what_is_not_its_own(folder):
@@ -189,7 +189,7 @@ def test_clearing_that_breaks_off_leaves_the_plan_which_tells_of_it(folder, monk
     with pytest.raises(KeyboardInterrupt):
         clear_run(folder)
     assert load_plan(folder) is not None
-    assert find_finished(folder) is None
+    assert find_finished(folder, job="label") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -331,15 +331,17 @@ def test_failure_rate_is_of_all_listed_images(folder, plan, account):
     assert account.failure_rate == 0
     account.add(Counts(54, {"OSError": 10}), ready_at=1.0, finished_at=2.0)
     assert account.failure_rate == 10 / 200
-    continued = Account(folder, plan, {0: Counts(54, {"OSError": 10}), 1: Counts(34, {"EmptyFile": 30})}, started=0.0)
+    continued = LabelAccount(
+        folder, plan, {0: Counts(54, {"OSError": 10}), 1: Counts(34, {"EmptyFile": 30})}, started=0.0
+    )
     assert continued.failure_rate == 40 / 200
 
 
 def test_continued_run_counts_earlier_parts_and_only_its_own_images_as_new(folder, plan):
-    first = Account(folder, plan, {}, started=1_000_000.0)
+    first = LabelAccount(folder, plan, {}, started=1_000_000.0)
     first.add(Counts(64), ready_at=1_000_010.0, finished_at=1_000_026.0)
     first.write("stopped")
-    second = Account(folder, plan, {0: Counts(64)}, started=2_000_000.0)
+    second = LabelAccount(folder, plan, {0: Counts(64)}, started=2_000_000.0)
     second.add(Counts(60, {"OSError": 4}), ready_at=2_000_010.0, finished_at=2_000_042.0)
     assert second.num_new == 64
     written = second.write("done")
@@ -353,13 +355,13 @@ def test_continued_run_counts_earlier_parts_and_only_its_own_images_as_new(folde
 
 def test_invocations_of_another_run_are_forgotten(folder, plan, account):
     account.write("done")
-    other = Account(folder, dataclasses.replace(plan, run_id="another"), {}, started=0.0)
+    other = LabelAccount(folder, dataclasses.replace(plan, run_id="another"), {}, started=0.0)
     assert len(other.write()["invocations"]) == 1
 
 
 def test_account_that_is_damaged_does_not_stop_the_next_run(folder, plan):
     folder.put(RUN, b'{"run_id": ')
-    assert len(Account(folder, plan, {}, started=0.0).write()["invocations"]) == 1
+    assert len(LabelAccount(folder, plan, {}, started=0.0).write()["invocations"]) == 1
 
 
 def test_account_written_again_keeps_its_state_and_one_invocation(account):
@@ -374,7 +376,7 @@ def test_account_written_again_keeps_its_state_and_one_invocation(account):
 
 
 def test_account_says_running_while_the_block_lasts(folder, account):
-    with hold_lease(folder) as lease, keep_account(account, lease, max_in_work=64):
+    with hold_lease(folder) as lease, keep_account(account, lease):
         assert read_account(folder)["state"] == "running"
         assert lease.fence.is_open
     assert read_account(folder)["state"] == "running"  # whoever ends the run says how
@@ -382,7 +384,7 @@ def test_account_says_running_while_the_block_lasts(folder, account):
 
 def test_failed_run_says_so_and_stops_its_workers(folder, account):
     with hold_lease(folder) as lease:
-        with pytest.raises(ValueError, match="broken"), keep_account(account, lease, max_in_work=64):
+        with pytest.raises(ValueError, match="broken"), keep_account(account, lease):
             raise ValueError("broken")
         assert read_account(folder)["state"] == "failed"
         assert read_lease(folder).state == "stop"
@@ -395,9 +397,10 @@ def test_failed_run_says_so_and_stops_its_workers(folder, account):
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_interrupted_run_says_what_is_done_and_what_will_be_redone(folder, account, interrupt, exit_code):
+    account.max_in_work = 128
     account.add(Counts(60, {"OSError": 4}), ready_at=1.0, finished_at=2.0)
     with hold_lease(folder) as lease:
-        with pytest.raises(InterruptedRunError) as caught, keep_account(account, lease, max_in_work=128):
+        with pytest.raises(InterruptedRunError) as caught, keep_account(account, lease):
             raise interrupt
         assert not lease.fence.is_open
     assert caught.value.exit_code == exit_code
@@ -406,9 +409,10 @@ def test_interrupted_run_says_what_is_done_and_what_will_be_redone(folder, accou
 
 
 def test_interrupted_run_redoes_no_more_than_is_missing(folder, account):
+    account.max_in_work = 128
     account.add(Counts(190), ready_at=1.0, finished_at=2.0)
     with hold_lease(folder) as lease:
-        with pytest.raises(InterruptedRunError, match="up to 10 that"), keep_account(account, lease, max_in_work=128):
+        with pytest.raises(InterruptedRunError, match="up to 10 that"), keep_account(account, lease):
             raise KeyboardInterrupt
 
 
@@ -439,7 +443,7 @@ def test_lease_is_renewed_and_the_account_refreshed_while_the_block_lasts(accoun
     write = account.write
     monkeypatch.setattr(account, "write", lambda *state: writes.append(state) or write(*state))
     heart = Heart()
-    with keep_account(account, heart, max_in_work=64):
+    with keep_account(account, heart):
         assert heart.has_beaten.wait(10)
     assert writes[0] == ("running",)
     assert writes.count(()) >= 2  # every third beat
@@ -452,5 +456,5 @@ def test_lease_is_renewed_and_the_account_refreshed_while_the_block_lasts(accoun
 def test_heart_beats_on_after_a_failed_write(account, monkeypatch):
     monkeypatch.setattr(runs, "HEARTBEAT_S", 0.001)
     heart = Heart(failures=2)
-    with keep_account(account, heart, max_in_work=64):
+    with keep_account(account, heart):
         assert heart.has_beaten.wait(2)

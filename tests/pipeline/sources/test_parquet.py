@@ -162,6 +162,27 @@ def test_class_labels_of_hugging_face_arrive_by_name(path, hugging_face):
     assert [image.target for image in list_all(path)] == [*(["ant", "bee"] * 4), "bee", None]
 
 
+def test_folder_is_not_the_target_of_rows_without_a_class_label(path, hugging_face):
+    assert [image.target for image in list_all(path, target="folder")][-2:] == ["bee", None]
+
+
+def test_names_of_class_labels_are_told_in_the_order_of_their_ids(path, hugging_face):
+    told = []
+    list_all(path, class_names=told.append)
+    list_all(path, class_names=told.append, label_column="id")
+    assert told == [("ant", "bee"), ("x", "y")]
+    write(path, {"image": PICTURES, "label": ["b", "a"] * 5})
+    list_all(path, class_names=told.append)
+    assert len(told) == 2
+
+
+def test_names_of_class_labels_that_are_no_text_become_such(path):
+    features = {"info": {"features": {"label": {"names": ["\ud800a", "b\0", 3, None], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": PICTURES[:5], "label": range(5)})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+    assert [image.target for image in list_all(path)] == ["\ufffda", "b", "3", None, None]
+
+
 def test_column_that_hugging_face_declares_goes_before_one_with_a_usual_name(path):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     features = {"scan": {"_type": "Image"}, "image": {"_type": "Value"}}

@@ -1,0 +1,141 @@
+"""A training → a Ray Train job → news of it. Beside `cluster` and `dispatch`, the only module that knows Ray.
+
+    training ═ Ray Train: the loop of `train`, once per worker ═ queue ═ news
+
+Ray Train places the workers, lets them find each other, and starts all of them anew when one is lost. Checkpoints are
+our own: they are complete when they are written, where Ray learns of them some time after `report` has returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from pipeline.cluster import Scaling, find_cause
+from pipeline.errors import WorkerError
+from pipeline.models import Model
+from pipeline.predict import open_device
+from pipeline.recipe import Training
+from pipeline.team import Team
+from pipeline.train import Message, Trainer
+
+# How long workers have for the end of their batch and a checkpoint, when the user wants them to stop.
+_GRACE_S: Final = 8.0
+_POLL_S: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Setback:
+    """Workers were lost; the others are being started anew, from the last checkpoint."""
+
+    error: str
+
+
+def run_training(
+    training: Training, model: Model, *, scaling: Scaling, max_failures: int, stop: Callable[[], None]
+) -> Iterator[Message | Setback]:
+    """Train, and yield what there is to tell.
+
+    `stop` tells the workers to save and leave; it is called when the user interrupts. Raises WorkerError where workers
+    fail more often than `max_failures`.
+    """
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a module:factory is looked for in the current folder
+    queue = Queue(actor_options={"num_cpus": 0})
+    with tempfile.TemporaryDirectory(prefix="nightshift-") as scratch:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={
+                "training": training,
+                "model": ray.put(model),
+                "num_threads": scaling.num_threads,
+                "queue": queue,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=_find_num_workers(scaling),  # type: ignore[arg-type]  # of Ray's former API
+                use_gpu=scaling.gpus_per_worker > 0,
+                resources_per_worker={"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker},
+            ),
+            run_config=RunConfig(
+                # A name that was there before would be continued, with Ray's idea of how far it came.
+                name=f"{training.run_id}-{secrets.token_hex(4)}",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=max_failures),
+                callbacks=[_Setbacks(queue)],  # type: ignore[list-item]  # likewise
+            ),
+        )
+        failures: list[BaseException] = []
+        thread = threading.Thread(target=_fit, args=(trainer, failures), name="training", daemon=True)
+        thread.start()
+        try:
+            yield from _read_news(queue, thread)
+        except KeyboardInterrupt:
+            stop()
+            thread.join(_GRACE_S)
+            raise
+    if failures:
+        raise WorkerError(f"training failed: {find_cause(failures[0])}") from failures[0]
+
+
+def _read_news(queue: Queue, thread: threading.Thread) -> Iterator[Message | Setback]:
+    while True:
+        is_last = not thread.is_alive()
+        with contextlib.suppress(Empty):
+            while True:
+                yield queue.get(timeout=0 if is_last else _POLL_S)
+        if is_last:
+            return
+
+
+def _fit(trainer: TorchTrainer, failures: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:  # the boundary of the thread: raised where the user can see it
+        failures.append(error)
+
+
+def _find_num_workers(scaling: Scaling) -> int | tuple[int, int]:
+    if scaling.min_workers == scaling.max_workers:
+        return scaling.max_workers
+    return scaling.min_workers, scaling.max_workers
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One worker, as Ray Train calls it."""
+    training: Training = config["training"]
+    queue: Queue = config["queue"]
+    device = ray.train.torch.get_device()
+    open_device(str(device), training.recipe.precision)
+    Trainer(
+        training,
+        ray.get(config["model"]),
+        Team(host=ray.get_runtime_context().get_node_id()),
+        device=device,
+        num_threads=config["num_threads"],
+        post=queue.put,
+    ).run()
+
+
+class _Setbacks(UserCallback):
+    """Tells of lost workers; called in the process that watches over them."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        errors = {find_cause(error) for error in worker_exceptions.values()}
+        self._queue.put(Setback("; ".join(sorted(errors))))
