@@ -47,6 +47,8 @@ CHECKPOINT_S: Final = 30.0
 _LOOK_S: Final = 1.0
 # On larger images convolutions gain from channels-last; on smaller ones, converting costs more.
 _MIN_CHANNELS_LAST_CROP: Final = 64
+# Of a batch: a thread with less to do is done before it is awake, and slow where others are at work on its core.
+_PIXELS_PER_THREAD: Final = 1 << 16
 # Images of a GPU's batch below which batch normalisation looks at those of the other GPUs, too.
 _SMALL_BATCH: Final = 16
 
@@ -99,7 +101,7 @@ class Trainer:
         num_threads: int,
         post: Callable[[Message], None],
     ) -> None:
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(_find_num_threads(training, num_threads))
         training.prepare_process()
         self.training = training
         self.recipe = training.recipe
@@ -447,6 +449,12 @@ def write_unusable(folder: Folder, images: list[Unusable]) -> int:
     with folder.open_write(UNUSABLE) as file:
         pq.write_table(rows, file, compression="zstd")
     return len(rows)
+
+
+def _find_num_threads(training: Training, num_threads: int) -> int:
+    """How many threads compute: as many as there are, unless they would wait for each other most of the time."""
+    num_pixels = training.recipe.batch_size * training.preset.crop**2
+    return min(max(num_pixels // _PIXELS_PER_THREAD, 1), num_threads)
 
 
 def _find_head(network: nn.Module, training: Training) -> Head | None:
