@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pipeline.cluster import Cluster, Scaling
     from pipeline.course import Course, TrainingAccount
     from pipeline.curves import Curves
-    from pipeline.distribute import Setback
+    from pipeline.distribute import News
     from pipeline.models import Model
     from pipeline.recipe import Recipe, Training
     from pipeline.train import Message
@@ -464,11 +464,13 @@ class Story:
         self._has_begun = False
         progress.show("workers are starting")
 
-    def tell(self, news: Message | Setback) -> None:
-        """Take what a worker tells; raises WorkerError where it makes no sense to go on."""
-        from pipeline.train import Message
+    def tell(self, news: News) -> None:
+        """Take what there is to tell; raises WorkerError where it makes no sense to go on."""
+        from pipeline.distribute import Refusal, Setback
 
-        if not isinstance(news, Message):
+        if isinstance(news, Refusal):
+            raise WorkerError(f"workers cannot begin: {news.error}")
+        if isinstance(news, Setback):
             self._progress.notice(f"workers were lost ({news.error}) and are started anew, from the last checkpoint")
             self._progress.show("workers are starting again")
             return

@@ -26,7 +26,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from pipeline.cluster import Scaling, find_cause
-from pipeline.errors import WorkerError
+from pipeline.errors import UsageError, WorkerError
 from pipeline.models import Model
 from pipeline.predict import open_device
 from pipeline.recipe import Training
@@ -39,15 +39,25 @@ _POLL_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """No worker can begin, for a reason that starting anew does not change."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class Setback:
     """Workers were lost; the others are being started anew, from the last checkpoint."""
 
     error: str
 
 
+News = Message | Setback | Refusal
+
+
 def run_training(
     training: Training, model: Model, *, scaling: Scaling, max_failures: int, stop: Callable[[], None]
-) -> Iterator[Message | Setback]:
+) -> Iterator[News]:
     """Train, and yield what there is to tell.
 
     `stop` tells the workers to save and leave; it is called when the user interrupts. Raises WorkerError where workers
@@ -91,7 +101,7 @@ def run_training(
         raise WorkerError(f"training failed: {find_cause(failures[0])}") from failures[0]
 
 
-def _read_news(queue: Queue, thread: threading.Thread) -> Iterator[Message | Setback]:
+def _read_news(queue: Queue, thread: threading.Thread) -> Iterator[News]:
     while True:
         is_last = not thread.is_alive()
         with contextlib.suppress(Empty):
@@ -120,14 +130,20 @@ def _work(config: dict[str, Any]) -> None:
     queue: Queue = config["queue"]
     device = ray.train.torch.get_device()
     open_device(str(device), training.recipe.precision)
-    Trainer(
-        training,
-        ray.get(config["model"]),
-        Team(host=ray.get_runtime_context().get_node_id()),
-        device=device,
-        num_threads=config["num_threads"],
-        post=queue.put,
-    ).run()
+    team = Team(host=ray.get_runtime_context().get_node_id())
+    try:
+        trainer = Trainer(
+            training,
+            ray.get(config["model"]),
+            team,
+            device=device,
+            num_threads=config["num_threads"],
+            post=queue.put,
+        )
+    except UsageError as error:
+        queue.put(Refusal(str(error)))
+        return
+    trainer.run()
 
 
 class _Setbacks(UserCallback):

@@ -69,6 +69,8 @@ class Model:
     preset: Preset
     state: bytes
     """The weights, as safetensors."""
+    import_dir: str = ""
+    """Where a factory's module was found, if not among what is installed."""
 
     @property
     def num_classes(self) -> int:
@@ -76,6 +78,8 @@ class Model:
 
     def build(self) -> nn.Module:
         """The network with its weights, in float32 on the CPU, ready for inference."""
+        if self.import_dir:
+            _make_importable(self.import_dir)
         network = _build_network(self.architecture, self.arguments)
         if is_factory(self.architecture):
             _fit_classes(network, self.num_classes, self.preset.crop)
@@ -268,6 +272,7 @@ def _open_factory(name: str, weights: str, labels: tuple[str, ...] | None, overr
         categories=categories,
         preset=preset,
         state=packed,
+        import_dir=os.getcwd(),
     )
 
 
@@ -333,8 +338,7 @@ def _call(factory: Callable[..., nn.Module], name: str, arguments: dict[str, Any
 
 def _find_factory(name: str) -> Callable[..., nn.Module]:
     module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # installed commands, unlike `python -m`, do not look into the current folder
+    _make_importable(os.getcwd())  # installed commands, unlike `python -m`, do not look into the current folder
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -344,6 +348,11 @@ def _find_factory(name: str) -> Callable[..., nn.Module]:
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise ModelError(f"module {module_name!r} has no factory {attribute!r}{_suggest(attribute, names)}")
     return factory  # type: ignore[no-any-return]
+
+
+def _make_importable(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def _takes_num_classes(name: str) -> bool:

@@ -105,14 +105,15 @@ class Rows:
 
     def take(self, rows: Indices) -> Tensor:
         """(len(rows), *shape), a copy; all of them have to be there."""
-        content = np.empty((len(rows), self._num_bytes), np.uint8)
+        values = torch.empty((len(rows), self._num_bytes), dtype=torch.uint8)
+        content = values.numpy()
         in_memory = rows < len(self._memory)
         if in_memory.all():
             np.take(self._memory.bytes, rows, axis=0, out=content)
         else:
             content[in_memory] = self._memory.bytes[rows[in_memory]]
             content[~in_memory] = self._disk.bytes[rows[~in_memory] - len(self._memory)]
-        return torch.from_numpy(content).view(self.dtype).view(len(rows), *self.shape)
+        return values.view(self.dtype).view(len(rows), *self.shape)
 
     def _locate(self, row: int) -> tuple[_Table, int]:
         if row < len(self._memory):

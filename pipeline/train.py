@@ -208,7 +208,7 @@ class Trainer:
             num_threads=self._num_threads,
             report=report,
         )
-        num_unusable = write_unusable(self.training.folder, stage.unusable) if self.team.is_lead else 0
+        num_unusable = write_unusable(self.training.folder, stage.unusable) if self._may_write else 0
         self._schedule = Schedule(
             kind=self.recipe.scheduler,
             total_steps=self.recipe.epochs * stage.order.steps_per_epoch,
@@ -303,8 +303,9 @@ class Trainer:
     def _finish_epoch(self, stage: Stage) -> None:
         """Validate, and move on to the next epoch."""
         position, recipe = self.position, self.recipe
-        self.team.copy_from_lead([b for b in self.network.buffers() if b.is_floating_point()])
         with self._averaged():
+            # Each worker has seen other images: what is validated is what is kept.
+            self.team.copy_from_lead([b for b in self.network.buffers() if b.is_floating_point()])
             scores = self._validate(stage)
             is_best = _is_better(scores, position)
             if is_best and self.team.is_lead:
@@ -388,6 +389,11 @@ class Trainer:
             return "running"
         return lease.state if lease is not None and lease.token == fence.token else "lost"
 
+    @property
+    def _may_write(self) -> bool:
+        """Whether what there is to write is this worker's business, and that of its run."""
+        return self.team.is_lead and self._find_lease_state() != "lost"
+
     def _is_checkpoint_due(self) -> bool:
         return time.monotonic() - self._saved_at >= CHECKPOINT_S
 
@@ -404,7 +410,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Make a checkpoint of the position, unless another run has the folder now."""
-        if self.team.is_lead and self._find_lease_state() != "lost":
+        if self._may_write:
             self.position = save(self.training.folder, self.position, self.state_dict(), self._best)
             self._best = None
         self._saved_at = time.monotonic()
