@@ -14,7 +14,7 @@ COMMANDS: Final = {
     "finetune": "fine-tune a pretrained model on labelled images",
     "models": "list the models that are known by name, with their cost and accuracy",
     "inspect": "say what would be read: kinds, counts, bytes, formats, labels, shards",
-    "demo": "see it work: label handwritten digits on this machine, offline",
+    "demo": "see it work: fine-tune and label handwritten digits on this machine, offline",
 }
 
 _USAGE: Final = "\n".join(
