@@ -494,6 +494,7 @@ class Story:
         account, history = self._account, news.position.history
         account.num_train, account.num_val = news.num_train, news.num_val
         account.num_unusable = news.num_unusable
+        account.timings["open_s"] = account.timings.get("open_s", 0.0) + news.seconds
         if self._has_begun:
             return
         self._has_begun = True
@@ -515,6 +516,7 @@ class Story:
         if len(history) <= len(self._account.history):
             return  # done once more, after workers were lost
         self._account.history = list(history)
+        self._account.timings["train_s"] = sum(row["seconds"] for row in history)
         self._curves.write(history)
         self._progress.notice(self._describe_row(history[-1]))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import psutil
 import ray
 import torch
 from ray.exceptions import RayError
@@ -23,6 +24,8 @@ from pipeline.errors import ClusterError, ConfigError
 CONNECT_TIMEOUT_S: Final = 10.0
 # Shards in a worker: one that the model works on, while the next is fetched and decoded.
 CONCURRENT_SHARDS: Final = 2
+# How long Ray's processes may take to end.
+_SHUTDOWN_S: Final = 3.0
 # Each worker has a copy of the model and of PyTorch.
 MAX_CPU_WORKERS_PER_NODE: Final = 16
 
@@ -95,7 +98,20 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
         yield _describe_cluster()
     finally:
         if not was_running:
+            processes = psutil.Process().children(recursive=True)
             ray.shutdown()
+            _end_processes(processes)
+
+
+def _end_processes(processes: list[psutil.Process]) -> None:
+    """Wait for the processes of a Ray that was shut down, and kill those that hang.
+
+    (2.60 can deadlock in the destructors of a worker that exits, and leaves it behind with all its memory.)
+    """
+    _, alive = psutil.wait_procs(processes, timeout=_SHUTDOWN_S)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _check_reachable(address: str | None) -> None:

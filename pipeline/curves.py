@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from pipeline.storage import Folder, LocalFolder
 
@@ -40,19 +43,24 @@ class Curves:
         self._folder = folder
         self._directory = directory
         self._is_remote = not isinstance(folder, LocalFolder)
-        self._writer: SummaryWriter | None = None
+        self._writer: EventsWriter | None = None
         self._num_written = 0
 
     def write(self, history: list[Row]) -> None:
         """Take the epochs so far, of which earlier calls may have had some."""
         self._folder.put(METRICS, "".join(f"{json.dumps(row)}\n" for row in history).encode())
         if self._writer is None:
+            # Not SummaryWriter: its thread may have the last epochs still to write when its `flush` returns.
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._directory / "events"))
             # Of an earlier invocation, TensorBoard forgets what is shown once more.
-            self._writer = SummaryWriter(str(self._directory), purge_step=history[0]["epoch"] if history else 1)
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=1, session_log=start))
         for row in history[self._num_written :]:
             for name, tag in _TAGS.items():
                 if name in row:
-                    self._writer.add_scalar(tag, row[name], row["epoch"])
+                    point = Event(wall_time=time.time(), step=row["epoch"], summary=scalar(tag, row[name]))
+                    self._writer.write_event(point)
         self._writer.flush()
         self._num_written = max(len(history), self._num_written)
         if self._is_remote:

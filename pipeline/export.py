@@ -7,6 +7,8 @@ from typing import Any, Final
 from torch import Tensor
 
 from pipeline.checkpoint import Row
+from pipeline.errors import ModelError
+from pipeline.heads import find_head
 from pipeline.model_dir import CONFIG, compose_model_dir
 from pipeline.models import Model, is_factory
 from pipeline.storage import Folder
@@ -49,10 +51,11 @@ network.eval()"""
 
 _FACTORY_CODE: Final = """\
 from safetensors.torch import load_file
+from torch import nn
 from {module} import {factory}
 
 network = {factory}({arguments})
-network.load_state_dict(load_file("model.safetensors"))
+{head}network.load_state_dict(load_file("model.safetensors"))
 network.eval()"""
 
 
@@ -87,7 +90,7 @@ def _compose_readme(model: Model, facts: dict[str, Any]) -> str:
     use = "this directory"
     if is_factory(model.architecture):
         module, _, factory = model.architecture.partition(":")
-        code = _FACTORY_CODE.format(module=module, factory=factory, arguments=given)
+        code = _FACTORY_CODE.format(module=module, factory=factory, arguments=given, head=_compose_head(model))
         use = f"{model.architecture} --weights this directory"
     else:
         code = _TORCHVISION_CODE.format(architecture=model.architecture, arguments=f", {given}" if given else "")
@@ -106,3 +109,14 @@ def _compose_readme(model: Model, facts: dict[str, Any]) -> str:
         use=use,
         **facts,
     )
+
+
+def _compose_head(model: Model) -> str:
+    """The line that gives a factory's network its head, where the factory does not know the number of classes."""
+    if "num_classes" in model.arguments:
+        return ""
+    try:
+        head = find_head(model.build(), model.preset.crop)
+    except ModelError:  # then it was not replaced
+        return ""
+    return f"network.set_submodule({head.name!r}, nn.{head.layer!r})\n"

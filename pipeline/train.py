@@ -73,6 +73,8 @@ class Message:
     loss: float = math.nan
     """Of the epoch so far."""
     images_per_s: float = 0.0
+    seconds: float = 0.0
+    """That it took to open the images, with `started`."""
 
 
 class Action(IntEnum):
@@ -191,7 +193,7 @@ class Trainer:
         return network
 
     def _open_stage(self, *, is_frozen: bool) -> Stage:
-        done = 0
+        done, began = 0, time.perf_counter()
 
         def report(count: int) -> None:
             nonlocal done
@@ -220,6 +222,7 @@ class Trainer:
             num_train=len(stage.train.usable),
             num_val=len(stage.val.usable),
             num_unusable=num_unusable,
+            seconds=time.perf_counter() - began,
         )
         return stage
 

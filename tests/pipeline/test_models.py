@@ -10,7 +10,7 @@ from torchvision import models as zoo
 from pipeline import models
 from pipeline.errors import ModelError
 from pipeline.model_dir import compose_model_dir, write_model_dir
-from pipeline.models import list_registered, open_model
+from pipeline.models import adapt_model, is_trained, list_registered, open_model
 from pipeline.presets import Preset
 
 
@@ -257,3 +257,125 @@ def test_model_directory_may_not_reach_for_other_weights(tmp_path):
     )
     with pytest.raises(ModelError, match=r"may not have: \['weights'\]"):
         open_model(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Other categories
+
+
+ABC = ("a", "b", "c")
+SMALL = {"resize": 8, "crop": 8}
+CLASSES = """\
+import torch
+def make(num_classes=7, width=5):
+    layers = torch.nn.Linear(3 * 8 * 8, width), torch.nn.Linear(width, num_classes)
+    return torch.nn.Sequential(torch.nn.Flatten(), *layers)
+"""
+
+
+def find_changed(before, after):
+    return {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+
+def test_model_that_knows_the_categories_keeps_its_head(tiny_model_dir):
+    model = open_model(tiny_model_dir)
+    assert adapt_model(model, model.categories, seed=1) is model
+
+
+@pytest.mark.parametrize("names", [ABC, tuple("jihgfedcba")], ids=["fewer", "as many others"])
+def test_model_for_other_categories_has_a_fresh_head_and_its_own_backbone(tiny_model_dir, names):
+    model = open_model(tiny_model_dir)
+    adapted = adapt_model(model, names, seed=1)
+    assert adapted.categories == names and adapted.arguments["num_classes"] == len(names)
+    before, after = model.build().state_dict(), adapted.build().state_dict()
+    head = {"classifier.1.weight", "classifier.1.bias"}
+    assert not find_changed({k: v for k, v in before.items() if k not in head}, after)
+    assert after["classifier.1.weight"].shape[0] == len(names)
+    assert not torch.equal(after["classifier.1.weight"][:3], before["classifier.1.weight"][:3])
+
+
+def test_fresh_weights_follow_from_the_seed(tiny_model_dir):
+    trained, untrained = open_model(tiny_model_dir), open_model("squeezenet1_1", weights="none")
+    for model in (trained, untrained):
+        assert adapt_model(model, ABC, seed=1).state == adapt_model(model, ABC, seed=1).state
+        assert adapt_model(model, ABC, seed=1).state != adapt_model(model, ABC, seed=2).state
+
+
+def test_model_without_trained_weights_is_altogether_fresh():
+    model = open_model("squeezenet1_1", weights="none")
+    assert not is_trained(model)
+    first, second = (adapt_model(model, ABC, seed=seed).build().state_dict() for seed in (1, 2))
+    assert {"features.0.weight", "classifier.1.weight"} <= find_changed(first, second)
+    same = adapt_model(model, model.categories, seed=1)
+    assert same.state != model.state, "its categories are those of weights that it does not have"
+
+
+@pytest.fixture
+def sized_factory(factory, tmp_path):
+    """A factory that takes the number of classes."""
+    (tmp_path / "sized_nets.py").write_text(CLASSES)
+    yield "sized_nets:make"
+    sys.modules.pop("sized_nets", None)
+
+
+def test_factory_that_takes_the_number_of_classes_is_given_it(sized_factory):
+    adapted = adapt_model(open_model(sized_factory, overrides=SMALL), ABC, seed=1)
+    assert adapted.arguments == {"num_classes": 3}
+    assert adapted.build()[2].weight.shape == (3, 5)
+
+
+@pytest.mark.parametrize("names", [ABC, ("x", "y")], ids=["as many", "fewer"])
+def test_factory_of_fixed_classes_gets_a_head_where_it_needs_one(factory, names):
+    adapted = adapt_model(open_model(factory, overrides=SMALL), names, seed=1)
+    assert adapted.arguments == {}
+    image = torch.rand(1, 3, 8, 8)
+    assert adapted.build()(image).shape == (1, len(names))
+    assert torch.equal(adapted.build()(image), adapted.build()(image))
+
+
+def test_weights_of_a_factory_from_a_file_are_kept_but_for_the_head(sized_factory, tmp_path):
+    import sized_nets
+
+    path = save(sized_nets.make(), tmp_path)
+    adapted = adapt_model(open_model(sized_factory, weights=path, overrides=SMALL), ABC, seed=1)
+    own = torch.load(path, weights_only=True)
+    assert torch.equal(adapted.build()[1].weight, own["1.weight"])
+    assert adapted.build()[2].weight.shape == (3, 5)
+
+
+def write_factory_dir(path, name, *, arguments, state, categories):
+    write_model_dir(
+        str(path),
+        compose_model_dir(
+            architecture=name,
+            arguments=arguments,
+            state=state,
+            categories=categories,
+            preset=Preset(resize=9, crop=8, mean=(0.5, 0.5, 0.5)),
+            readme="",
+        ),
+    )
+    return str(path)
+
+
+def test_model_directory_of_a_factory_knows_all_about_it(sized_factory, tmp_path):
+    import sized_nets
+
+    network = sized_nets.make(num_classes=3, width=4)
+    arguments = {"num_classes": 3, "width": 4}
+    path = write_factory_dir(
+        tmp_path / "dir", sized_factory, arguments=arguments, state=network.state_dict(), categories=ABC
+    )
+    model = open_model(sized_factory, weights=path)
+    assert (model.categories, model.arguments) == (ABC, arguments)
+    assert model.preset == Preset(resize=9, crop=8, mean=(0.5, 0.5, 0.5))
+    assert open_model(sized_factory, weights=path, overrides={"resize": 8}).preset.resize == 8
+    image = torch.rand(1, 3, 8, 8)
+    assert torch.equal(model.build()(image), network(image))
+    assert is_trained(model)
+
+
+def test_model_directory_of_another_factory_is_refused(sized_factory, tmp_path):
+    path = write_factory_dir(tmp_path / "dir", "sized_nets:other", arguments={}, state={}, categories=ABC)
+    with pytest.raises(ModelError, match="has weights of 'sized_nets:other', and not of 'sized_nets:make'"):
+        open_model(sized_factory, weights=path)

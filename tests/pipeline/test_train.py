@@ -207,6 +207,7 @@ def test_loss_that_is_no_number_ends_the_training_without_a_checkpoint(make_fold
     sizes = {"batch_size": batch_size, "global_batch_size": batch_size}
     run = run_alone(folder, open_network("make_plain"), react=spoil, epochs=2, **sizes)
     assert run.news == ["started", "epoch", "diverged"]
+    assert all(math.isfinite(message.loss) for message in run.messages if message.news == "training")
     assert run.messages[-1].position.epoch == 1
     assert run.position is None
 
