@@ -293,7 +293,12 @@ def _train(
         with keep_account(account, lease), open_curves(folder) as curves:
             story = Story(account, training.recipe, progress, curves)
             for news in run_training(
-                training, model, scaling=scaling, max_failures=config.max_failures, stop=lease.stop
+                training,
+                model,
+                scaling=scaling,
+                is_alone=cluster.is_here,
+                max_failures=config.max_failures,
+                stop=lease.stop,
             ):
                 story.tell(news)
     return account

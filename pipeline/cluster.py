@@ -98,9 +98,15 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
         yield _describe_cluster()
     finally:
         if not was_running:
-            processes = psutil.Process().children(recursive=True)
+            processes = _find_processes()
             ray.shutdown()
             _end_processes(processes)
+
+
+def _find_processes() -> list[psutil.Process]:
+    """What a Ray that this process has started consists of, workers included."""
+    daemons = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
+    return [process for daemon in daemons for process in (daemon, *daemon.children(recursive=True))]
 
 
 def _end_processes(processes: list[psutil.Process]) -> None:

@@ -56,15 +56,23 @@ News = Message | Setback | Refusal
 
 
 def run_training(
-    training: Training, model: Model, *, scaling: Scaling, max_failures: int, stop: Callable[[], None]
+    training: Training,
+    model: Model,
+    *,
+    scaling: Scaling,
+    is_alone: bool,
+    max_failures: int,
+    stop: Callable[[], None],
 ) -> Iterator[News]:
     """Train, and yield what there is to tell.
 
-    `stop` tells the workers to save and leave; it is called when the user interrupts. Raises WorkerError where workers
-    fail more often than `max_failures`.
+    `is_alone` says that the cluster is this machine. `stop` tells the workers to save and leave; it is called when the
+    user interrupts. Raises WorkerError where workers fail more often than `max_failures`.
     """
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a module:factory is looked for in the current folder
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # what a factory opens is relative to the current folder
+    if is_alone:  # who takes this node away ends the driver as well; and each process of Ray's imports PyTorch first
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     queue = Queue(actor_options={"num_cpus": 0})
     with tempfile.TemporaryDirectory(prefix="nightshift-") as scratch:
         trainer = TorchTrainer(

@@ -26,8 +26,8 @@ from pipeline.team import Team
 # Images that are made ready at once. Equal images have equal features only among equal neighbours, to the last bit:
 # so these borders, and not who is how fast, say which images are neighbours.
 BATCH_SIZE: Final = 64
-# Images that one worker takes on before the next one's turn; not within what is read in one pass.
-_CHUNK_SIZE: Final = 4 * BATCH_SIZE
+# Images that one worker takes on before it is the next one's turn; more, if they are read in one pass.
+_CHUNK_SIZE: Final = BATCH_SIZE
 _BATCHES_AHEAD: Final = 2
 
 Transform = Callable[[Tensor], Tensor]

@@ -464,14 +464,12 @@ def write_split(folder: Folder, split: Split) -> str:
 
 def read_examples(folder: Folder, name: Literal["train", "val"]) -> pa.Table:
     """One set of images as `write_split` wrote it."""
-    with folder.open_read(_examples_name(name)) as file:
-        return pq.read_table(file, schema=schema.EXAMPLES)
+    return _read_table(folder, _examples_name(name), schema.EXAMPLES)
 
 
 def read_unlisted(folder: Folder) -> pa.Table:
     """What could not be listed, as `write_split` wrote it."""
-    with folder.open_read(UNLISTED) as file:
-        return pq.read_table(file, schema=schema.UNUSABLE)
+    return _read_table(folder, UNLISTED, schema.UNUSABLE)
 
 
 def to_images(table: pa.Table, rows: Sequence[int]) -> list[ListedImage]:
@@ -482,6 +480,12 @@ def to_images(table: pa.Table, rows: Sequence[int]) -> list[ListedImage]:
     else:  # cell by cell: `take` puts the chunks of all columns together first
         cells = [[column[row].as_py() for row in rows] for column in columns]
     return list(map(ListedImage, *cells))
+
+
+def _read_table(folder: Folder, name: str, columns: pa.Schema) -> pa.Table:
+    # Not by `read_table`, which imports pandas for that, in each worker.
+    with folder.open_read(name) as source, pq.ParquetFile(source) as file:
+        return file.read().cast(columns)
 
 
 def _examples_name(name: str) -> str:

@@ -149,9 +149,11 @@ class Trainer:
             if stage is None or stage.is_frozen != is_frozen:
                 stage = None  # makes room for the next one's images
                 stage = self._open_stage(is_frozen=is_frozen)
-            match self._train_epoch(stage):
+            action = self._train_epoch(stage)
+            if action is Action.GO_ON:
+                action = self._finish_epoch(stage)
+            match action:
                 case Action.GO_ON:
-                    self._finish_epoch(stage)
                     is_due: bool = self.team.share(self._is_checkpoint_due())
                     if self.position.is_over or is_due:
                         self._save()
@@ -303,13 +305,15 @@ class Trainer:
             logits: Tensor = module(inputs)
         return logits.float()
 
-    def _finish_epoch(self, stage: Stage) -> None:
-        """Validate, and move on to the next epoch."""
+    def _finish_epoch(self, stage: Stage) -> Action:
+        """Validate, and move on to the next epoch, unless the weights are of no use any more."""
         position, recipe = self.position, self.recipe
         with self._averaged():
             # Each worker has seen other images: what is validated is what is kept.
             self.team.copy_from_lead([b for b in self.network.buffers() if b.is_floating_point()])
             scores = self._validate(stage)
+            if scores is not None and not math.isfinite(scores.loss):
+                return Action.GIVE_UP
             is_best = _is_better(scores, position)
             if is_best and self.team.is_lead:
                 self._best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
@@ -336,6 +340,7 @@ class Trainer:
             best_file=position.best_file,
         )
         self._tell("epoch")
+        return Action.GO_ON
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> Scores | None:

@@ -188,6 +188,7 @@ def test_help_needs_neither_torch_nor_ray_nor_scikit_learn() -> None:
 # All of it
 
 
+@pytest.mark.slow
 def test_command_learns_and_labels_the_digits_and_its_output_is_true(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_cluster: Any
 ) -> None:

@@ -212,6 +212,13 @@ def test_loss_that_is_no_number_ends_the_training_without_a_checkpoint(make_fold
     assert run.position is None
 
 
+def test_last_step_that_ruins_the_weights_ends_the_training(make_folder):
+    sizes = {"batch_size": 20, "global_batch_size": 20}  # the only step of an epoch
+    run = run_alone(make_folder(), open_network("make_plain"), epochs=1, lr=1e38, optimizer="sgd", **sizes)
+    assert run.news[-1] == "diverged"
+    assert run.position is None
+
+
 def test_step_in_parts_equals_a_step_at_once(make_folder):
     model = open_network("make_plain")
     whole = run_alone(make_folder("whole"), model, batch_size=8, clip_grad=0.5)
