@@ -286,10 +286,11 @@ def _train(
             course = seal_course(
                 folder, found, hash=write_split(folder, found), given=config.identity, resolved=resolved
             )
+        training = _describe_training(config, folder, lease, course, model)
+        scaling = scaling.limited_to(training.recipe.num_workers)  # what a step is has been settled with the plan
         account = TrainingAccount(folder, course, started=started)
         account.timings["cluster_s"] = cluster_s
         account.cluster = asdict(cluster) | asdict(scaling)
-        training = _describe_training(config, folder, lease, course, model)
         with keep_account(account, lease), open_curves(folder) as curves:
             story = Story(account, training.recipe, progress, curves)
             for news in run_training(
