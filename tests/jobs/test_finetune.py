@@ -124,6 +124,7 @@ def read_history(output: str) -> list[dict[str, float]]:
 # All of it
 
 
+@pytest.mark.slow
 def test_model_learns_is_exported_and_labels_as_well_as_it_was_validated(config, photographs, tmp_path, capsys):
     """The tutorial's job in two commands, on untidy images; a second time, nothing is left to do."""
     result = run(replace(config, epochs=6, quiet=False))

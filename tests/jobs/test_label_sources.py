@@ -197,6 +197,7 @@ def test_decoding_on_other_nodes_reads_archives_alike(archives, config, tmp_path
         run(replace(config, inputs=(str(many),), output=str(tmp_path / "large"), decode_on="cpu-nodes"))
 
 
+@pytest.mark.slow
 def test_real_tar_gives_every_member_a_row_with_its_target(shared_data, config):
     result = run(replace(config, inputs=(str(shared_data / "cifar10" / "test-00000.tar"),)))
     rows = result.dataset().to_table(columns=["uri", "target", "error"]).to_pylist()
@@ -211,6 +212,7 @@ def test_real_tar_gives_every_member_a_row_with_its_target(shared_data, config):
 # An archive that grows
 
 
+@pytest.mark.slow
 def test_update_labels_only_what_is_new_and_leaves_the_other_parts_alone(make_images, config, tmp_path):
     inputs = tmp_path / "inputs"
     write_tar_of = lambda name, seed: write_tar(  # noqa: E731
@@ -266,6 +268,7 @@ def upload(folder: Path, put_object) -> None:
             put_object(str(path.relative_to(folder.parent)), path.read_bytes())
 
 
+@pytest.mark.slow
 def test_bucket_is_labelled_into_a_bucket_whatever_the_network_does(archives, config, bucket, put_object, faulty_s3):
     """Every kind of source in one bucket, throttled and cut off now and then, resumed and updated there."""
     upload(archives / "pictures", put_object)
