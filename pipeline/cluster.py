@@ -19,6 +19,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from pipeline.auth import enable_tokens
 from pipeline.errors import ClusterError, ConfigError
 
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -85,11 +86,11 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     if not was_running:
         _check_reachable(address or os.environ.get("RAY_ADDRESS"))
+        enable_tokens(address)
         try:
             ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-            # Ray reads this when it is imported; against a cluster without tokens, it would break the workers.
             hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it asks for a token, set RAY_AUTH_MODE=token"
             raise ClusterError(f"cannot reach a Ray cluster at {where}: {error}{hint}") from error
         if threading.current_thread() is threading.main_thread():
