@@ -12,6 +12,10 @@ from jobs.cli import leave, run_command
 COMMANDS: Final = {
     "label": "label every image of an archive with a pretrained model",
     "finetune": "fine-tune a pretrained model on labelled images",
+    "submit": "run such a command on a Ray cluster: nightshift submit -- label …",
+    "status": "list what a cluster is running and has run, and how far it has come",
+    "logs": "print or follow the log of a submitted job",
+    "stop": "stop a submitted job so that it can be continued",
     "models": "list the models that are known by name, with their cost and accuracy",
     "inspect": "say what would be read: kinds, counts, bytes, formats, labels, shards",
     "demo": "see it work: fine-tune and label handwritten digits on this machine, offline",

@@ -11,12 +11,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
 import tyro
 import yaml
 
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.secrets import mask
 
 Config = TypeVar("Config")
 
@@ -41,6 +42,26 @@ def parse(kind: type[Config], arguments: list[str], *, command: str, description
     )
 
 
+def to_arguments(config: Any) -> list[str]:
+    """The inverse of `parse`: flags for all settings that are not as by default, then what has no flag."""
+    flags: list[str] = []
+    positional: list[str] = []
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if value == field.default:
+            continue
+        if tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ()):
+            positional += map(str, value if isinstance(value, tuple) else (value,))
+        elif isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(field.default, tuple):  # a flag for each
+            flags += [word for one in value for word in (flag, str(one))]
+        else:
+            flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return flags + positional
+
+
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Call a command's `main`, say in one place what went wrong, and return the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -51,10 +72,10 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
         return 0
     except (PipelineError, OSError) as error:  # an OSError that nobody foresaw says what and where by itself
         if {"-v", "--verbose"} & set(arguments):
-            traceback.print_exc()
+            print(mask(traceback.format_exc()), end="", file=sys.stderr)
         else:
             for fault in getattr(error, "faults", (error,)):
-                print(f"error: {fault}", file=sys.stderr)
+                print(f"error: {mask(str(fault))}", file=sys.stderr)
         return getattr(error, "exit_code", PipelineError.exit_code)
     except KeyboardInterrupt as interrupt:  # before or after the work itself, which says what it has kept
         print("stopped", file=sys.stderr)

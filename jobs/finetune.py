@@ -32,7 +32,6 @@ from jobs.inputs import (
 from pipeline.errors import ConfigError, OutputError, WorkerError
 from pipeline.lease import HeldLease, hold_lease
 from pipeline.run import SUCCESS, find_finished, keep_account, open_log, open_run_folder, refuse_changes
-from pipeline.sources import normalise_input
 from pipeline.split import Split, find_sets, split_images, write_split
 from pipeline.storage import Folder
 from pipeline.terminal import Progress, describe_counts, format_seconds, open_terminal, quote_for_shell
@@ -193,8 +192,7 @@ class FinetuneConfig(ModelConfig, InputConfig):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that the weights depend on, as they were given."""
-        places = {name: sorted(set(map(normalise_input, getattr(self, name)))) for name in ("inputs", "val")}
-        return {**as_given(self, IDENTITY), **places}
+        return as_given(self, IDENTITY)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import tyro
 
 from pipeline.listing import Inputs
-from pipeline.sources import ListingOptions, Selection
+from pipeline.secrets import mask_settings
+from pipeline.sources import ListingOptions, Selection, normalise_input
 from pipeline.storage import normalise
 
 if TYPE_CHECKING:
@@ -123,9 +124,13 @@ def is_worker_count(value: str) -> bool:
 
 
 def as_given(config: Any, names: list[str]) -> dict[str, Any]:
-    """The settings with these names, as they tell one run from another: places are absolute."""
+    """The settings with these names, as they tell one run from another: places are absolute, and hold no secrets."""
     settings = {name: getattr(config, name) for name in names}
     for name in ("model", "weights", "labels"):
         if settings.get(name) and os.path.exists(settings[name]):
             settings[name] = os.path.abspath(settings[name])
-    return settings
+    for name in ("inputs", "val"):
+        if name in settings:
+            settings[name] = sorted(set(map(normalise_input, settings[name])))
+    masked: dict[str, Any] = mask_settings(settings)
+    return masked

@@ -40,7 +40,6 @@ from pipeline.run import (
     open_run_folder,
     refuse_changes,
 )
-from pipeline.sources import normalise_input
 from pipeline.sources.base import find_file_kind
 from pipeline.storage import Folder, as_filesystem, normalise
 from pipeline.summary import summarise
@@ -165,7 +164,7 @@ class LabelConfig(ModelConfig, InputConfig):
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that the labels depend on, as they were given."""
-        return {**as_given(self, IDENTITY), "inputs": sorted(set(map(normalise_input, self.inputs)))}
+        return as_given(self, IDENTITY)
 
 
 @dataclass(frozen=True, kw_only=True)

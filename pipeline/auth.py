@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
-from urllib.parse import urlsplit
 
 import urllib3
 
@@ -128,10 +127,7 @@ def _ask(address: str, token: Token | None) -> Answer:
 
 
 def _ask_dashboard(url: str, token: Token | None) -> Answer:
-    """Ask over HTTP; a proxy in front that wants credentials of its own looks like a cluster that wants a token."""
     headers = token.headers if token else {}
-    if (auth := urlsplit(url).netloc.rpartition("@")[0]) and not token:
-        headers = urllib3.make_headers(basic_auth=auth)
     try:
         with urllib3.PoolManager(retries=False, timeout=PROBE_TIMEOUT_S) as pool:
             if token is None:

@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -28,6 +29,7 @@ from pipeline.commit import Counts, sweep_foreign
 from pipeline.errors import InterruptedRunError, OutputError
 from pipeline.lease import HEARTBEAT_S, HeldLease
 from pipeline.plan import PLAN_DIR, Plan
+from pipeline.secrets import mask
 from pipeline.storage import (
     Folder,
     LocalFolder,
@@ -312,7 +314,7 @@ def keep_account(account: Account, lease: HeldLease) -> Iterator[None]:
                 if beats % (REFRESH_S // HEARTBEAT_S) == 0:
                     account.write()
             except OSError:  # a full disk now may have room at the next beat; the workers tell what they cannot write
-                traceback.print_exc()
+                print(mask(traceback.format_exc()), file=sys.stderr)
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()

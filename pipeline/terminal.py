@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TextIO, TypeVar
 
+from pipeline.secrets import mask
+
 Item = TypeVar("Item")
 
 REDRAW_S: Final = 0.2
@@ -70,7 +72,7 @@ class Progress:
     def notice(self, text: str) -> None:
         """A line that stays."""
         if not self._is_quiet:
-            self._write(f"{_ERASE if self._is_terminal else ''}{escape_controls(text)}\n")
+            self._write(f"{_ERASE if self._is_terminal else ''}{escape_controls(mask(text))}\n")
 
     def _run(self) -> None:
         last = ""
@@ -109,7 +111,7 @@ def open_terminal(log: Path, *, is_quiet: bool) -> Iterator[Progress]:
             yield progress
         except BaseException:
             with open(log, "a", encoding="utf-8") as file:
-                traceback.print_exc(file=file)
+                file.write(mask(traceback.format_exc()))
             raise
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, TypeGuard, TypeVar
 
 from pipeline.errors import PipelineError, ReadError
+from pipeline.secrets import mask
 
 Value = TypeVar("Value")
 
@@ -111,7 +112,7 @@ def is_from_store(error: Exception) -> TypeGuard[OSError]:
 
 def describe(error: OSError) -> tuple[str, str]:
     """What went wrong, as a type in one word and a message: `AccessDenied` where a store gave that answer."""
-    message = " ".join((error.strerror or str(error)).split())  # some answers have several lines
+    message = mask(" ".join((error.strerror or str(error)).split()))  # some answers have several lines, or addresses
     if isinstance(error, StoreError):
         return error.kind, message
     if answer := _ANSWER.search(message):
