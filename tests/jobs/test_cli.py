@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from jobs.cli import parse, run_command
+from jobs.cli import parse, run_command, to_arguments
+from jobs.finetune import FinetuneConfig
 from jobs.label import LabelConfig
 from pipeline.errors import ConfigError, InterruptedRunError, NoImagesError, PipelineError
 
@@ -102,3 +103,43 @@ def test_interrupt_does_not_wait_for_a_thread_that_waits_for_ever():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LabelConfig(
+            inputs=("/a", "s3://b/*.jpg"),
+            include=("*.jpg", "x y"),
+            mean=(0.1, 0.2, 0.3),
+            output="/o",
+            top_k=3,
+            overwrite=True,
+            gpus_per_worker=0.5,
+            num_workers="2..4",
+            limit=5,
+        ),
+        FinetuneConfig(inputs=("/a",), val=("/v", "/w"), output="/o", lr=1e-5, target="column", warmup_epochs=0.5),
+        LabelConfig(),
+    ],
+)
+def test_settings_come_back_from_the_arguments_that_they_make(config):
+    assert parse(type(config), to_arguments(config), command="x", description="") == config
+
+
+def test_errors_show_no_secrets(capsys):
+    def fail(arguments):
+        raise ConfigError("input 'ftp://me:hunter2@host/x' does not exist")
+
+    assert run_command(fail, []) == 2
+    assert run_command(fail, ["-v"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: input 'ftp://me:***@host/x' does not exist\n")
+    assert "hunter2" not in errors
+
+
+def test_run_is_the_same_when_a_password_changes():
+    first, second = (LabelConfig(inputs=(f"ftp://me:{word}@host/x",)).identity for word in ("old", "new"))
+    assert first == second
+    assert first["inputs"] == ["ftp://me:***@host/x"]
+    assert LabelConfig(inputs=("ftp://me:old@host/y",)).identity != first
