@@ -51,9 +51,12 @@ class StatusConfig:
 def run(config: StatusConfig) -> list[tuple[Job, Standing | None]]:
     """The jobs that the config asks for, with how far they have come."""
     server = connect(config.address)
-    jobs = server.list_jobs() if config.job is None else [find_job(server, config.job)]
+    is_one = config.job is not None
+    jobs = [find_job(server, config.job)] if config.job is not None else server.list_jobs()
     with ThreadPoolExecutor(_MAX_READERS) as readers:
-        standings = list(readers.map(lambda job: find_job_standing(server, job), jobs))
+        standings = list(
+            readers.map(lambda job: find_job_standing(server, job, reads_log=is_one or not job.is_over), jobs)
+        )
     return list(zip(jobs, standings, strict=True))
 
 
@@ -67,12 +70,12 @@ def find_job(server: JobServer, job_id: str) -> Job:
     )
 
 
-def find_job_standing(server: JobServer, job: Job) -> Standing | None:
+def find_job_standing(server: JobServer, job: Job, *, reads_log: bool = True) -> Standing | None:
     """How far a job has come: by the account of its run, if that can be seen from here, else by its log."""
     if job.state == "pending":
         return None
-    standing = read_standing(job.output, since=job.submitted) if job.output else None
-    return standing or find_standing(server.read_log(job.id))
+    standing = read_standing(job.output, since=job.submitted, until=job.ended) if job.output else None
+    return standing or (find_standing(server.read_log(job.id)) if reads_log else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 
 from pipeline.auth import enable_tokens
 from pipeline.errors import ClusterError, ConfigError
+from pipeline.secrets import mask
 
 CONNECT_TIMEOUT_S: Final = 10.0
 # Shards in a worker: one that the model works on, while the next is fetched and decoded.
@@ -123,6 +124,11 @@ def _end_processes(processes: list[psutil.Process]) -> None:
 
 def _check_reachable(address: str | None) -> None:
     """Raise ClusterError where nobody answers at `host:port` or `ray://host:port`: Ray itself would wait for ever."""
+    if (address or "").startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{mask(str(address))} is the dashboard of a cluster: put `nightshift submit --` in front of the command, "
+            f"which then runs there; --address takes HOST:6379, and `--address local` starts a Ray on this machine"
+        )
     host, separator, port = (address or "").removeprefix("ray://").rpartition(":")
     if not separator or not port.isdecimal():
         return  # `auto`, `local` or nothing: Ray looks around on this machine

@@ -41,10 +41,11 @@ class Standing:
     """What run.json says of itself, where it was read."""
 
 
-def read_standing(output: str, *, since: float | None = None) -> Standing | None:
+def read_standing(output: str, *, since: float | None = None, until: float | None = None) -> Standing | None:
     """The standing of the run in a folder, or None where it cannot be read from here, or has not begun.
 
-    A run that was last at work before `since`, in seconds since 1970, has a past, but no speed.
+    A run that was last at work before `since`, in seconds since 1970, has a past, but no speed; one that somebody else
+    took up after `until` says nothing of how far it was then.
     """
     if MASK in output:
         return None  # its address has a password, which nobody keeps
@@ -52,6 +53,8 @@ def read_standing(output: str, *, since: float | None = None) -> Standing | None
         uri = f"{normalise(output)}/{RUN}"
         account = json.loads(open_store(uri).read(uri))
         began = calendar.timegm(time.strptime(account["invocations"][-1]["started"], "%Y-%m-%dT%H:%M:%SZ"))
+        if until is not None and began > until:
+            return None
         is_at_work = account["state"] == "running" and (since is None or began >= since - 1)
         return _read_account(account, is_at_work=is_at_work)
     return None

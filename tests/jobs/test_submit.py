@@ -36,8 +36,8 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SECRET = "hunter2-and-more"
-START_TIMEOUT_S = 240
-RUN_TIMEOUT_S = 280
+START_TIMEOUT_S = 300
+RUN_TIMEOUT_S = 300
 
 
 @dataclass
@@ -64,7 +64,7 @@ def find_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="ns-"))  # short, since sockets in it may have 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="jobs-"))  # short, since sockets in it may have 107 characters
     token = secrets.token_hex(24)
     (folder / "token").write_text(token)
     (folder / "home").mkdir()

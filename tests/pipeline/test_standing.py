@@ -37,6 +37,12 @@ def test_run_that_is_not_at_work_has_a_past_and_no_end_in_sight(state, began, tm
     assert (standing.done, standing.left_s) == (100, None)
 
 
+def test_run_that_was_taken_up_later_says_nothing_of_the_job_before(tmp_path):
+    write_account(tmp_path, began=1_000)
+    assert read_standing(str(tmp_path), since=500, until=900) is None
+    assert read_standing(str(tmp_path), since=500, until=1_100) is not None
+
+
 def test_training_counts_epochs(tmp_path):
     config = {"resolved": {"recipe": {"epochs": 10}}}
     counts = {"train": 100, "val": 10, "unusable": 1}
