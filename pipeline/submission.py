@@ -31,6 +31,8 @@ RAY_VERSIONS: Final = ((2, 59), (2, 64))
 # The dashboard takes no larger request; what Ray itself could store, 512 MiB, can only be sent from within the cluster.
 MAX_UPLOAD_BYTES: Final = 100 * 1024 * 1024
 MAX_NAME_LENGTH: Final = 128
+# A file's headers in a zip file, beside its name, which stands there twice.
+_ZIP_BYTES_PER_FILE: Final = 76
 _SHOWN_ENTRIES: Final = 5
 # A folder that is nearly all of another one is shown in its place.
 _DOMINANT: Final = 0.8
@@ -183,15 +185,13 @@ class Upload:
     def __init__(self, folder: str) -> None:
         """Walk through `folder`; reads no file but the ignore files."""
         self.folder = os.path.abspath(folder)
+        self.num_bytes = 0  # of the zip file that Ray makes of it, without compressing anything
         self._sizes: Counter[str] = Counter()  # of each file and folder, relative to the folder
         for path, size in _walk(Path(self.folder)):
+            self.num_bytes += size + _ZIP_BYTES_PER_FILE + 2 * len(os.fsencode(path))
             self._sizes[path] += size
             for parent in Path(path).parents:
                 self._sizes[str(parent)] += size
-
-    @property
-    def num_bytes(self) -> int:
-        return self._sizes["."]
 
     def has(self, path: str) -> bool:
         """Whether the file or folder at an absolute path is in it."""
