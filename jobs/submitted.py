@@ -117,7 +117,7 @@ def _check_factory(model: str, upload: Upload | None) -> Iterator[str]:
     here = next((found for found in (path.with_suffix(".py"), path / "__init__.py") if found.is_file()), None)
     if here is None or here.resolve().is_relative_to(Path(__file__).parents[1] / "jobs"):
         return
-    if upload is None or not upload.has(str(here.resolve())):
+    if upload is None or not upload.has(os.path.abspath(here)):
         yield f"--model {model}: {str(here)!r} would stay here; send it along with --working-dir {here.parent or '.'}"
 
 
