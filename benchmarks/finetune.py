@@ -64,15 +64,15 @@ class Photographs(Dataset[tuple[Tensor, int]]):
             return self.transform(image.convert("RGB")), label
 
 
-def load_network(model: str, weights: str, num_classes: int) -> nn.Module:
-    """A classifier with a fresh head, by hand: SqueezeNet's or a last linear layer."""
+def load_network(model: str, weights: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """A classifier and its fresh head, by hand: SqueezeNet's or a last linear layer."""
     network: nn.Module = zoo.get_model(model)
     network.load_state_dict(torch.load(weights, weights_only=True))
     if hasattr(network, "fc"):
         network.fc = nn.Linear(network.fc.in_features, num_classes)
-    else:
-        network.classifier[1] = nn.Conv2d(network.classifier[1].in_channels, num_classes, 1)
-    return network
+        return network, network.fc
+    network.classifier[1] = nn.Conv2d(network.classifier[1].in_channels, num_classes, 1)
+    return network, network.classifier
 
 
 def train_plainly(rank: int, options: argparse.Namespace, meeting: str) -> None:
@@ -81,10 +81,11 @@ def train_plainly(rank: int, options: argparse.Namespace, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.workers)
     began = time.perf_counter()
     images = Photographs(f"{options.data[0]}/train", is_random=options.case == "whole")
-    network = load_network(options.model, options.weights, len(images.classes))
+    network, head = load_network(options.model, options.weights, len(images.classes))
     is_frozen = options.case == "frozen"
     if is_frozen:
-        network.features.requires_grad_(False)
+        network.requires_grad_(False)
+        head.requires_grad_(True)
     network = network.to(memory_format=torch.channels_last)
     trained = DistributedDataParallel(network)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
@@ -94,7 +95,8 @@ def train_plainly(rank: int, options: argparse.Namespace, meeting: str) -> None:
         sampler.set_epoch(epoch)
         trained.train()
         if is_frozen:
-            network.features.eval()
+            network.eval()
+            head.train()
         for batch, targets in loader:
             loss = F.cross_entropy(trained(batch.contiguous(memory_format=torch.channels_last)), targets)
             optimizer.zero_grad()

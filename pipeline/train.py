@@ -309,8 +309,8 @@ class Trainer:
         """Validate, and move on to the next epoch, unless the weights are of no use any more."""
         position, recipe = self.position, self.recipe
         with self._averaged():
-            # Each worker has seen other images: what is validated is what is kept.
-            self.team.copy_from_lead([b for b in self.network.buffers() if b.is_floating_point()])
+            if not stage.is_frozen:  # each worker has seen other images, and what is validated is what is kept
+                self.team.copy_from_lead([b for b in self.network.buffers() if b.is_floating_point()])
             scores = self._validate(stage)
             if scores is not None and not math.isfinite(scores.loss):
                 return Action.GIVE_UP
