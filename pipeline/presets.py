@@ -7,7 +7,7 @@ they are on the model's device; `Normalise` is the rest of the preset, inside th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import torch
 from PIL import Image
@@ -16,7 +16,15 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+# Pillow's names for them are the same.
+_RESAMPLING: Final = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
 Triple = tuple[float, float, float]
+
+# A longer side than this many shorter ones is resized only around the centre: 20,000 x 1 pixels, with the shorter side
+# made 256, would be 1.3 billion pixels, of which a square is cut out.
+_MAX_ASPECT: Final = 64
+# Pixels on either side that a resized one depends on: 3 for the widest of the filters, Lanczos.
+_MAX_SUPPORT: Final = 3
 
 IMAGENET_MEAN: Final[Triple] = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final[Triple] = (0.229, 0.224, 0.225)
@@ -36,9 +44,36 @@ class Preset:
 
     def exact(self, image: Image.Image) -> Tensor:
         """(3, crop, crop) uint8 from an RGB image."""
-        resized = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
+        if max(image.size) > _MAX_ASPECT * min(image.size):
+            resized = self._resize_centre(image)
+        else:
+            resized = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
         pixels: Tensor = F.pil_to_tensor(F.center_crop(resized, [self.crop]))
         return pixels
+
+    def _resize_centre(self, image: Image.Image) -> Image.Image:
+        """The middle of what `resize` would make of a very long image, as long as the square that is cut from it.
+
+        What resizing does to a pixel depends on its surroundings alone, so the rest need not be there. (By rounding,
+        the last bit of a pixel may differ: Pillow takes rows or columns first as it finds it cheaper.)
+        """
+        short, long = min(image.size), max(image.size)
+        resized_long = self.resize * long // short
+        kept = min(self.crop, resized_long)
+        scale = long / resized_long
+        start = round((resized_long - kept) / 2) * scale
+        end = start + kept * scale
+        # Pillow takes a part of an image in single precision, which is enough within a short one.
+        margin = _MAX_SUPPORT * max(scale, 1) + 1
+        first, last = max(int(start - margin), 0), min(int(end + margin) + 1, long)
+        box: tuple[float, float, float, float]
+        if image.width > image.height:
+            box, size = (start - first, 0, end - first, short), (kept, self.resize)
+            surroundings = image.crop((first, 0, last, short))
+        else:
+            box, size = (0, start - first, short, end - first), (self.resize, kept)
+            surroundings = image.crop((0, first, short, last))
+        return surroundings.resize(size, _RESAMPLING[self.interpolation], box)
 
 
 class Normalise(nn.Module):
