@@ -1,11 +1,13 @@
 """Bytes of an image file → RGB pixels, or the reason why not.
 
 Only the formats named here are tried, so nothing else that Pillow can open (PostScript, say, which starts another
-program) is ever reached. Sizes are checked before a pixel is decoded.
+program) is ever reached. What an image may cost follows from its own bytes and from the limit of pixels: sizes, and
+what else a header can ask for, are checked before a pixel is decoded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
@@ -14,7 +16,10 @@ from typing import Final, Literal
 import numpy as np
 from PIL import ExifTags, Image
 
+from pipeline import decoders
 from pipeline.errors import DecodeError
+from pipeline.headers import check_headers, check_pixels
+from pipeline.png import SIGNATURE, drop_metadata
 
 Exif = Literal["ignore", "apply"]
 
@@ -33,6 +38,7 @@ _TURNS: Final = {
 
 # Now, in one thread: Pillow loads its plugins at the first file, and is not safe against a second thread meanwhile.
 Image.init()
+decoders.register()
 
 # `decode` has its own limit, which the user can raise; Pillow's, which is global, would stay in the way.
 Image.MAX_IMAGE_PIXELS = None
@@ -58,18 +64,18 @@ def decode(content: bytes, *, exif: Exif = "ignore", max_pixels: int | None = No
     except DecodeError:
         raise
     except Exception as error:  # the boundary: Pillow's plugins raise nearly every type on damaged files
+        if content.startswith(SIGNATURE) and (bare := drop_metadata(content)) is not None:
+            with contextlib.suppress(Exception):  # the first error is the file's own
+                return _decode(bare, exif, max_pixels)
         kind = type(error)
         name = f"{kind.__module__}.error" if kind.__name__ == "error" else kind.__name__  # struct's and zlib's
         raise DecodeError(name, _STREAM.sub("", str(error)).strip()) from error
 
 
 def _decode(content: bytes, exif: Exif, max_pixels: int | None) -> Image.Image:
+    check_headers(content, max_pixels)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        if max_pixels is not None and image.width * image.height > max_pixels:
-            raise DecodeError(
-                "TooManyPixels",
-                f"{image.width} x {image.height} pixels are more than the limit of {max_pixels:,} (--max-pixels)",
-            )
+        check_pixels(image.width, image.height, max_pixels)
         image.load()
         turn = _find_turn(image) if exif == "apply" else None
         return _to_rgb(image if turn is None else image.transpose(turn))
@@ -91,7 +97,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _to_8_bit_grey(image)
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the direct way to RGB gives the same pixels, and a warning
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _to_8_bit_grey(image: Image.Image) -> Image.Image:

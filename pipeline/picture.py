@@ -10,6 +10,7 @@ from pipeline.errors import ImageError
 from pipeline.fetch import Fetcher
 from pipeline.models import Model
 from pipeline.predict import Precision, Predictor
+from pipeline.silence import silence_libraries
 from pipeline.sources import ListedImage
 from pipeline.storage import normalise
 
@@ -42,7 +43,8 @@ def label_pictures(
     for path in paths:
         try:
             content, _ = fetcher.read(ListedImage(normalise(path)))
-            pixels = model.preset.exact(decode(content, exif=exif, max_pixels=max_pixels))
+            with silence_libraries():
+                pixels = model.preset.exact(decode(content, exif=exif, max_pixels=max_pixels))
         except ImageError as error:
             yield LabelledPicture(file=path, error=str(error))
             continue
