@@ -375,14 +375,17 @@ def costly_samples() -> Samples:
             tags_of(1_000, 1_000, compression=1, _273=(4, [8] * 20_000), _278=(4, [999])), bytes(1_000_000)
         ),
         "TIFF with strips that share their bytes": make_tiff(
-            tags_of(100, 20_000, _273=(4, [8] * 20_000), _278=(4, [1]), _279=(4, [900_000] * 20_000)), bytes(900_000)
+            tags_of(100, 20_000, _266=(3, [2]), _273=(4, [8] * 20_000), _278=(4, [1]), _279=(4, [900_000] * 20_000)),
+            bytes(900_000),
         ),
         "TIFF with a resolution of 200,000 numbers": make_tiff(tags_of(32, 24, _282=(5, bytes(1_600_000))), rows),
         "TIFF with 100,000 tags": b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 100_000) + entry * 100_000,
         "JPEG with 1,000 scans": repeat_last_scan(progressive, 1_000),
         "JPEG with 1,000 segments of EXIF": with_segments(plain, exif * 1_000),
         "JPEG with 100,000 segments": with_segments(plain, make_segment(0xFE, b"") * 100_000),
-        "JPEG2000 of 65,535 tiles": claim_jpeg2000(bare, (255, 257), (1, 1)),
+        "JPEG2000 of 30,000 tiles": claim_jpeg2000(
+            encode(photo_in("L"), "JPEG2000", no_jp2=True, num_resolutions=1), (200, 150), (1, 1)
+        ),
         "JPEG2000 of tiny precincts": divide_jpeg2000(claim_jpeg2000(bare, (1_400, 1_400), (1_400, 1_400)), precinct=1),
         "JPEG2000 of tiny code-blocks": divide_jpeg2000(claim_jpeg2000(bare, (1_400, 1_400), (1_400, 1_400)), block=2),
         "JPEG2000 of 65,535 layers": divide_jpeg2000(
