@@ -32,17 +32,18 @@ from jobs.inputs import (
 from pipeline.errors import ConfigError, OutputError, WorkerError
 from pipeline.lease import HeldLease, hold_lease
 from pipeline.run import SUCCESS, find_finished, keep_account, open_log, open_run_folder, refuse_changes
+from pipeline.scaling import find_training_scaling
 from pipeline.split import Split, find_sets, split_images, write_split
 from pipeline.storage import Folder
 from pipeline.terminal import Progress, describe_counts, format_seconds, open_terminal, quote_for_shell
 
 if TYPE_CHECKING:
-    from pipeline.cluster import Cluster, Scaling
     from pipeline.course import Course, TrainingAccount
     from pipeline.curves import Curves
     from pipeline.distribute import News
     from pipeline.models import Model
     from pipeline.recipe import Recipe, Training
+    from pipeline.scaling import Cluster, Scaling
     from pipeline.train import Message
 
 Row = dict[str, Any]
@@ -265,7 +266,7 @@ def _train(
         return TrainingAccount(folder, found, started=started)  # only the export is missing
     progress.show("starting Ray")
     began = time.monotonic()
-    from pipeline.cluster import find_training_scaling, open_cluster  # here, since Ray takes seconds to import
+    from pipeline.cluster import open_cluster  # here, since Ray takes seconds to import
     from pipeline.distribute import run_training
 
     with open_cluster(config.address) as cluster:
@@ -288,7 +289,7 @@ def _train(
         scaling = scaling.limited_to(training.recipe.num_workers)  # what a step is has been settled with the plan
         account = TrainingAccount(folder, course, started=started)
         account.timings["cluster_s"] = cluster_s
-        account.cluster = asdict(cluster) | asdict(scaling)
+        account.cluster = cluster.describe() | asdict(scaling)
         with keep_account(account, lease), open_curves(folder) as curves:
             story = Story(account, training.recipe, progress, curves)
             for news in run_training(

@@ -40,6 +40,7 @@ from pipeline.run import (
     open_run_folder,
     refuse_changes,
 )
+from pipeline.scaling import find_scaling
 from pipeline.sources.base import find_file_kind
 from pipeline.storage import Folder, as_filesystem, normalise
 from pipeline.summary import summarise
@@ -56,9 +57,9 @@ from pipeline.terminal import (
 if TYPE_CHECKING:
     import pyarrow.dataset
 
-    from pipeline.cluster import Cluster, Scaling
     from pipeline.models import Model
     from pipeline.picture import LabelledPicture
+    from pipeline.scaling import Cluster, Scaling
     from pipeline.worker import Task
 
 # What the labels depend on: the identity of a run. The other settings may differ when it is continued.
@@ -261,7 +262,7 @@ def _label(
         account.timings = timings
         shards = [shard for shard in plans.read_shards(folder, plan) if shard.index not in committed]
         scaling = scaling.limited_to(len(shards))
-        account.cluster = asdict(cluster) | asdict(scaling)
+        account.cluster = cluster.describe() | asdict(scaling)
         task = _describe_task(config, folder, lease, plan, model, scaling)
         rate = Rate()
         progress.show(partial(_describe_progress, account, rate))
@@ -372,8 +373,6 @@ def _check_split(config: LabelConfig, plan: Plan) -> None:
 
 
 def _find_scaling(config: LabelConfig, cluster: Cluster) -> Scaling:
-    from pipeline.cluster import find_scaling
-
     return find_scaling(
         cluster,
         num_workers=config.num_workers,

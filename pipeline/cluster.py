@@ -1,80 +1,35 @@
-"""The Ray cluster a job runs on: reached or started, described, and divided into workers."""
+"""The Ray cluster a job runs on: reached or started, and described; `scaling` divides it into workers."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import psutil
 import ray
 import torch
+import yaml
 from ray.exceptions import RayError
 
 from pipeline.auth import enable_tokens
-from pipeline.errors import ClusterError, ConfigError
+from pipeline.errors import ClusterError
+from pipeline.scaling import UNLIMITED, Cluster, count_nodes
 from pipeline.secrets import mask
 
 CONNECT_TIMEOUT_S: Final = 10.0
-# Shards in a worker: one that the model works on, while the next is fetched and decoded.
-CONCURRENT_SHARDS: Final = 2
 # How long Ray's processes may take to end.
 _SHUTDOWN_S: Final = 3.0
-# Each worker has a copy of the model and of PyTorch.
-MAX_CPU_WORKERS_PER_NODE: Final = 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cluster:
-    """What the Ray cluster at hand has."""
-
-    num_nodes: int
-    num_cpus: float
-    num_gpus: float
-    cpus_per_node: float
-    """Of the largest node; with GPUs, of the largest node that has some."""
-    gpus_per_node: float
-    is_here: bool
-    """Whether all of its nodes are this machine."""
-    ray_version: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scaling:
-    """How many workers there are, and what each of them holds."""
-
-    min_workers: int
-    max_workers: int
-    cpus_per_worker: float
-    gpus_per_worker: float
-    num_decoders: int
-    """Decode workers on CPU nodes; 0 where every worker decodes for itself."""
-
-    @property
-    def num_threads(self) -> int:
-        return max(int(self.cpus_per_worker), 1)
-
-    def limited_to(self, num_shards: int) -> Scaling:
-        """No more workers than there is work for."""
-        return replace(
-            self,
-            min_workers=min(self.min_workers, num_shards),
-            max_workers=min(self.max_workers, num_shards),
-            num_decoders=min(self.num_decoders, num_shards),
-        )
-
-    @property
-    def max_shards_in_work(self) -> int:
-        """How many shards can have been begun and not be committed."""
-        return self.max_workers * CONCURRENT_SHARDS + self.num_decoders
+# Where `ray up` tells the head of a cluster which nodes its autoscaler may start.
+_LAUNCHER_CONFIG: Final = "~/ray_bootstrap_config.yaml"
+# The label of a node whose launcher said of which group it is: KubeRay's and others do.
+_GROUP_LABEL: Final = "ray.io/node-group"
 
 
 @contextlib.contextmanager
@@ -140,17 +95,49 @@ def _check_reachable(address: str | None) -> None:
 
 def _describe_cluster() -> Cluster:
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    nodes = [node["Resources"] for node in alive]
-    workers = [node for node in nodes if node.get("GPU")] or nodes
+    groups = _find_groups()
     return Cluster(
-        num_nodes=len(nodes),
-        num_cpus=sum(node.get("CPU", 0) for node in nodes),
-        num_gpus=sum(node.get("GPU", 0) for node in nodes),
-        cpus_per_node=max((node.get("CPU", 0) for node in workers), default=0),
-        gpus_per_node=max((node.get("GPU", 0) for node in workers), default=0),
+        kinds=count_nodes((node["Resources"] for node in alive), groups or ()),
         is_here={node["NodeManagerHostname"] for node in alive} == {socket.gethostname()},
+        is_open=not _is_own(),
+        has_launcher=groups is None and any(node["Labels"].get(_GROUP_LABEL) for node in alive),
         ray_version=ray.__version__,
     )
+
+
+def _is_own() -> bool:
+    """Whether this process has started the cluster, so that it ends with it and nobody else knows of it."""
+    node = ray._private.worker.global_worker.node
+    return node is not None and bool(node.is_head())
+
+
+def _find_groups() -> list[tuple[dict[str, float], int]] | None:
+    """The resources of each kind of nodes that an autoscaler may start, and how many; None where nobody says so.
+
+    Ray's own control store knows it of some autoscalers; of those that `ray up` starts, the head has a file.
+    """
+    config = ray._private.state.state.get_cluster_config()
+    if config is not None and config.node_group_configs:
+        return [(dict(group.resources), group.max_count) for group in config.node_group_configs]
+    path = Path(_LAUNCHER_CONFIG).expanduser()
+    if not _is_on_head() or not path.is_file():
+        return None
+    try:
+        launcher = yaml.safe_load(path.read_text())
+        types = launcher["available_node_types"]
+        limit = launcher.get("max_workers", UNLIMITED)
+        return [
+            (node.get("resources") or {}, 1 if name == launcher["head_node_type"] else node.get("max_workers", limit))
+            for name, node in types.items()
+        ]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_on_head() -> bool:
+    head, _, _ = ray.get_runtime_context().gcs_address.rpartition(":")
+    here: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return head in (here, "127.0.0.1", "localhost")
 
 
 def find_best_precision(cluster: Cluster, *, num_gpus: float) -> str:
@@ -181,87 +168,3 @@ def find_cause(error: BaseException) -> str:
         reasons += [line.strip() for line in str(cause).splitlines() if line.strip()][-1:]
         cause = getattr(cause, "cause", None) or cause.__cause__
     return reasons[-1] if reasons else type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scaling
-
-
-def find_scaling(
-    cluster: Cluster,
-    *,
-    num_workers: str,
-    gpus_per_worker: float | None,
-    cpus_per_worker: float | None,
-    is_split: bool,
-) -> Scaling:
-    """What the cluster allows and the user wishes; None and `auto` leave it to the cluster.
-
-    Raises ConfigError where no node could ever hold one worker.
-    """
-    gpus = gpus_per_worker if gpus_per_worker is not None else float(cluster.num_gpus > 0)
-    wanted = None if num_workers == "auto" else [int(bound) for bound in num_workers.split("..")]
-    if cpus_per_worker is not None:
-        cpus = cpus_per_worker
-    elif gpus:
-        cpus = 1.0 if is_split else max(cluster.cpus_per_node * gpus // max(cluster.gpus_per_node, 1), 1.0)
-    else:
-        # One core a worker is best on small nodes; on large ones the models would fill the memory.
-        cpus = float(math.ceil(cluster.cpus_per_node / MAX_CPU_WORKERS_PER_NODE)) or 1.0
-        if wanted is not None:
-            cpus = min(cpus, cluster.num_cpus / wanted[-1])
-        if is_split:
-            cpus = min(cpus, cluster.num_cpus / 2)
-
-    faults = [
-        f"--{name}-per-worker {needed:g}: no node of the cluster has more than {most:g} {name.upper()}"
-        for name, needed, most in (("cpus", cpus, cluster.cpus_per_node), ("gpus", gpus, cluster.gpus_per_node))
-        if needed > most
-    ]
-    if faults:
-        raise ConfigError(*faults)
-    room = int(min(cluster.num_gpus // gpus if gpus else math.inf, cluster.num_cpus // cpus))
-    num_decoders = 0
-    if is_split:
-        num_decoders = max(int(cluster.num_cpus - room * cpus) if gpus else room // 2, 1)
-        room = room if gpus else max(room - num_decoders, 1)
-    low, high = (wanted[0], wanted[-1]) if wanted is not None else (room, room)
-    return Scaling(
-        min_workers=low,
-        max_workers=high,
-        cpus_per_worker=cpus,
-        gpus_per_worker=gpus,
-        num_decoders=num_decoders,
-    )
-
-
-def find_training_scaling(cluster: Cluster, *, num_workers: str, cpus_per_worker: float | None) -> Scaling:
-    """What the cluster allows and the user wishes: a worker for each GPU, or where there are none, for each node.
-
-    (One that computes with all cores of a node has larger batches and no gradients to exchange with its neighbours.)
-    Raises ConfigError where the workers could never be there at once.
-    """
-    gpus = float(cluster.num_gpus > 0)
-    wanted = None if num_workers == "auto" else [int(bound) for bound in num_workers.split("..")]
-    usual = int(cluster.num_gpus) if gpus else cluster.num_nodes
-    low, high = (wanted[0], wanted[-1]) if wanted is not None else (usual, usual)
-    if cpus_per_worker is not None:
-        cpus = cpus_per_worker
-    elif gpus:
-        cpus = max(cluster.cpus_per_node // max(cluster.gpus_per_node, 1), 1.0)
-    else:
-        share = cluster.num_cpus / high
-        cpus = min(float(math.floor(share)) or share, cluster.cpus_per_node)
-    faults = [
-        f"--num-workers {num_workers}: {low} workers with {needed:g} {name} each need {low * needed:g}, and the "
-        f"cluster has {there:g}"
-        for name, needed, there in (("CPU", cpus, cluster.num_cpus), ("GPU", gpus, cluster.num_gpus))
-        if low * needed > there
-    ]
-    if cpus > cluster.cpus_per_node:
-        faults.append(
-            f"--cpus-per-worker {cpus:g}: no node of the cluster has more than {cluster.cpus_per_node:g} CPUs"
-        )
-    if faults:
-        raise ConfigError(*faults)
-    return Scaling(min_workers=low, max_workers=high, cpus_per_worker=cpus, gpus_per_worker=gpus, num_decoders=0)

@@ -3,6 +3,9 @@
     fused   shards ═ [fetch → decode → predict → commit] ═ status rows                  one actor operator
     split   shards ═ [fetch → decode] ═ pixels ═ [predict → commit] ═ status rows       `--decode-on cpu-nodes`
 
+Ray Data starts more workers as soon as nodes join, up to `Scaling.max_workers`, and lets go of those for which no
+shard is left.
+
 Only shard numbers go in and status rows come out, a window of shards at a time, so the driver's memory does not grow
 with the archive. A shard without a status row, since its worker died with it, is sent once more at the end.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +27,16 @@ import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy, Dataset
+from ray.data.context import AutoscalingConfig
 from ray.exceptions import RayError
 
-from pipeline.cluster import CONCURRENT_SHARDS, Scaling, find_cause
+from pipeline.cluster import find_cause
 from pipeline.errors import WorkerError
 from pipeline.images import ImageRow
 from pipeline.models import Model
 from pipeline.plan import Shard
+from pipeline.predict import find_device
+from pipeline.scaling import CONCURRENT_SHARDS, Scaling, round_share
 from pipeline.worker import DecodedBatch, Decoder, Done, DroppedShard, Labeller, Task
 
 # Ray Data takes 6 seconds and 28 MB for 10,000 blocks before the first one starts.
@@ -39,6 +46,14 @@ WINDOW_SHARDS: Final = 2_000
 MAX_TASK_RETRIES: Final = 2
 # A node that goes while a worker starts on it costs one of these.
 MAX_START_DEATHS: Final = 3
+# Shards in the hands of an actor, for each that it works on: the next is there before it is asked for.
+_IN_FLIGHT: Final = 1.5
+# A pool grows when its actors have more shards than this in their hands. (Ray's own 1.75 is never reached with 1.5.)
+_GROW_AT: Final = 1.25
+# Decoders and those that predict must not wait for what the others hold. Beside GPUs, the ones ask for cores alone and
+# the others for GPUs alone. Elsewhere, the ones ask for next to nothing, and the others leave that much of each core.
+_DECODER_CPUS: Final = 0.001
+_DECODER_SLACK: Final = 0.01
 # A shard is sent this often: as planned, and once more for what a dead worker took with it.
 PASSES: Final = 2
 # When shard after shard fails, the fault lies in no shard (a full disk, a missing file), and waiting finds no more.
@@ -105,9 +120,9 @@ def _split(shards: list[Shard], task: Task, model: Any, scaling: Scaling) -> Dat
         _DecodeWorker,
         batch_size=None,
         fn_constructor_args=(task,),
-        compute=ActorPoolStrategy(size=scaling.num_decoders),
-        num_cpus=scaling.cpus_per_worker if scaling.gpus_per_worker == 0 else 1,
+        compute=_open_pool(scaling.num_decoders, scaling.num_decoders, scaling.max_decoders, concurrent_calls=1),
         max_task_retries=MAX_TASK_RETRIES,
+        **_decoder_resources(scaling),
     ).map_batches(
         _PredictWorker,
         batch_size=None,
@@ -118,27 +133,32 @@ def _split(shards: list[Shard], task: Task, model: Any, scaling: Scaling) -> Dat
 
 
 def _worker_pool(scaling: Scaling, *, concurrent_calls: int) -> ActorPoolStrategy:
-    is_fixed = scaling.min_workers == scaling.max_workers
-    size = (
-        {"size": scaling.max_workers}
-        if is_fixed
-        else {"min_size": scaling.min_workers, "max_size": scaling.max_workers}
-    )
+    return _open_pool(scaling.min_workers, scaling.num_workers, scaling.max_workers, concurrent_calls=concurrent_calls)
+
+
+def _open_pool(least: int, first: int, most: int, *, concurrent_calls: int) -> ActorPoolStrategy:
+    size = {"size": most} if least == most else {"min_size": least, "initial_size": first, "max_size": most}
     return ActorPoolStrategy(
         **size,
         # The next shard is fetched and decoded while the model works on this one.
         max_concurrent_calls_per_actor=concurrent_calls,
-        max_tasks_in_flight_per_actor=concurrent_calls + 1,
+        max_tasks_in_flight_per_actor=math.ceil(concurrent_calls * _IN_FLIGHT),
         enable_true_multi_threading=concurrent_calls > 1,
     )
 
 
 def _worker_resources(scaling: Scaling) -> dict[str, Any]:
-    return {
-        "num_cpus": scaling.cpus_per_worker,
-        "num_gpus": scaling.gpus_per_worker,
-        "max_task_retries": MAX_TASK_RETRIES,
-    }
+    num_cpus = scaling.cpus_per_worker
+    if scaling.num_decoders:
+        num_cpus = 0 if scaling.gpus_per_worker else round_share(num_cpus * (1 - _DECODER_SLACK))
+    return {"num_cpus": num_cpus, "num_gpus": scaling.gpus_per_worker, "max_task_retries": MAX_TASK_RETRIES}
+
+
+def _decoder_resources(scaling: Scaling) -> dict[str, Any]:
+    if scaling.gpus_per_worker:
+        # Ray's default keeps what needs no GPU off the nodes that have some, as long as there is room elsewhere.
+        return {"num_cpus": 1, "scheduling_strategy": "DEFAULT"}
+    return {"num_cpus": _DECODER_CPUS, "scheduling_strategy": "SPREAD"}
 
 
 def _open_dataset(shards: list[Shard]) -> Dataset:
@@ -146,6 +166,7 @@ def _open_dataset(shards: list[Shard]) -> Dataset:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     dataset.context.max_errored_blocks = -1
+    dataset.context.autoscaling_config = AutoscalingConfig(actor_pool_util_upscaling_threshold=_GROW_AT)
     dataset.context.max_consecutive_actor_init_deaths = MAX_START_DEATHS
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
@@ -196,7 +217,7 @@ class _PredictWorker:
 
 
 def _open_labeller(task: Task, model: Any, scaling: Scaling) -> Labeller:
-    device = "cuda" if scaling.gpus_per_worker else "cpu"
+    device = find_device(scaling.gpus_per_worker)
     return Labeller(task, ray.get(model), device=device, num_threads=scaling.num_threads)
 
 

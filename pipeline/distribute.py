@@ -26,11 +26,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
-from pipeline.cluster import Scaling, find_cause
+from pipeline.cluster import find_cause
 from pipeline.errors import UsageError, WorkerError
 from pipeline.models import Model
-from pipeline.predict import open_device
+from pipeline.predict import find_device, open_device
 from pipeline.recipe import Training
+from pipeline.scaling import Scaling
 from pipeline.team import Team
 from pipeline.train import Message, Trainer
 
@@ -89,6 +90,7 @@ def run_training(
                 "training": training,
                 "model": ray.put(model),
                 "num_threads": scaling.num_threads,
+                "num_gpus": scaling.gpus_per_worker,
                 "queue": queue,
             },
             scaling_config=ScalingConfig(
@@ -145,8 +147,8 @@ def _work(config: dict[str, Any]) -> None:
     """One worker, as Ray Train calls it."""
     training: Training = config["training"]
     queue: Queue = config["queue"]
-    device = ray.train.torch.get_device()
-    open_device(str(device), training.recipe.precision)
+    device = ray.train.torch.get_device()  # the CPU, where a GPU was given that PyTorch cannot find
+    open_device(str(device) if device.type == "cuda" else find_device(config["num_gpus"]), training.recipe.precision)
     team = Team(host=ray.get_runtime_context().get_node_id())
     with _open_post(queue) as post:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Final, Literal, NamedTuple
 
@@ -15,6 +16,9 @@ from pipeline.models import Model
 from pipeline.presets import Normalise
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+# Set to 1 where Ray was told of GPUs that are not there, as tests do: whoever is given one computes on the CPU.
+FAKE_GPUS: Final = "NIGHTSHIFT_FAKE_GPUS"
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +57,11 @@ class Predictor:
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """A block in which a network computes in `precision`, as far as that does no harm."""
     return torch.autocast(device.type, _DTYPES[precision], enabled=precision != "fp32")
+
+
+def find_device(num_gpus: float) -> str:
+    """Where a worker that holds so many GPUs computes: never on the CPU for want of a driver."""
+    return "cuda" if num_gpus and os.environ.get(FAKE_GPUS) != "1" else "cpu"
 
 
 def open_device(name: str, precision: Precision) -> torch.device:
