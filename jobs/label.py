@@ -106,9 +106,10 @@ class LabelConfig(ModelConfig, InputConfig):
     batch_size: Annotated[int | Auto, tyro.conf.arg(aliases=["-b"])] = "auto"
     """Images that the model sees at once; auto is 32 on a CPU and 256 on a GPU."""
     num_workers: str = "auto"
-    """How many models run at once: N, or min..max on a cluster that grows."""
+    """How many models run at once: N, or min..max on a cluster that grows; auto is as many as there is room for, at any
+    time."""
     gpus_per_worker: float | Auto = "auto"
-    """GPUs of a worker, or a share of one; auto is 1 where the cluster has GPUs."""
+    """GPUs of a worker, or a share of one; auto is 1 where the cluster has GPUs, or can come to have some."""
     cpus_per_worker: float | Auto = "auto"
     """Cores of a worker, for decoding and, without GPUs, for the model."""
     decode_on: Literal["worker", "cpu-nodes"] = "worker"
@@ -250,6 +251,10 @@ def _label(
     with open_cluster(config.address) as cluster:
         timings["cluster_s"] = time.monotonic() - cluster_began
         scaling = _find_scaling(config, cluster)
+        if cluster.has_launcher and config.gpus_per_worker == "auto" and not scaling.gpus_per_worker:
+            progress.notice(
+                "no node has a GPU now, so CPUs are used; --gpus-per-worker 1 waits for nodes that have some"
+            )
         if plan is None:
             precision = _find_precision(config, cluster, scaling)
             with _timed(timings, "plan_s"):

@@ -45,6 +45,9 @@ _ALLOCATOR: Final = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
 }
+# How often Ray Train looks whether nodes have joined for workers that are still missing. All begin anew then, from the
+# last checkpoint; a node that comes and goes must not keep them from working.
+RESIZE_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +96,11 @@ def run_training(
                 "num_gpus": scaling.gpus_per_worker,
                 "queue": queue,
             },
-            scaling_config=ScalingConfig(
-                num_workers=_find_num_workers(scaling),  # type: ignore[arg-type]  # of Ray's former API
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # of the former API
+                num_workers=_find_num_workers(scaling),  # type: ignore[arg-type]  # likewise
                 use_gpu=scaling.gpus_per_worker > 0,
                 resources_per_worker={"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker},
+                elastic_resize_monitor_interval_s=RESIZE_S,
             ),
             run_config=RunConfig(
                 # A name that was there before would be continued, with Ray's idea of how far it came.
