@@ -46,6 +46,8 @@ WINDOW_SHARDS: Final = 2_000
 MAX_TASK_RETRIES: Final = 2
 # A node that goes while a worker starts on it costs one of these.
 MAX_START_DEATHS: Final = 3
+# Where Ray Data logs the errors that it goes on after.
+_EXECUTOR: Final = "ray.data._internal.execution.streaming_executor_state"
 # Shards in the hands of an actor, for each that it works on: the next is there before it is asked for.
 _IN_FLIGHT: Final = 1.5
 # A pool grows when its actors have more shards than this in their hands. (Ray's own 1.75 is never reached with 1.5.)
@@ -104,7 +106,7 @@ def _run_window(task: Task, model: Any, shards: list[Shard], scaling: Scaling) -
 def _fused(shards: list[Shard], task: Task, model: Any, scaling: Scaling) -> Dataset:
     return _open_dataset(shards).map_batches(
         _FusedWorker,
-        batch_size=None,
+        batch_size=1,  # a row is a shard; with GPUs, Ray Data demands a number
         fn_constructor_args=(task, model, scaling),
         compute=_worker_pool(scaling, concurrent_calls=CONCURRENT_SHARDS),
         **_worker_resources(scaling),
@@ -118,14 +120,14 @@ def _split(shards: list[Shard], task: Task, model: Any, scaling: Scaling) -> Dat
     # Two different classes of actors: Ray fuses a task into the actors behind it, but not actors into actors.
     return dataset.map_batches(
         _DecodeWorker,
-        batch_size=None,
+        batch_size=1,
         fn_constructor_args=(task,),
         compute=_open_pool(scaling.num_decoders, scaling.num_decoders, scaling.max_decoders, concurrent_calls=1),
         max_task_retries=MAX_TASK_RETRIES,
         **_decoder_resources(scaling),
     ).map_batches(
         _PredictWorker,
-        batch_size=None,
+        batch_size=1,
         fn_constructor_args=(task, model, scaling),
         compute=_worker_pool(scaling, concurrent_calls=1),
         **_worker_resources(scaling),
@@ -164,6 +166,7 @@ def _decoder_resources(scaling: Scaling) -> dict[str, Any]:
 def _open_dataset(shards: list[Shard]) -> Dataset:
     """One block a shard, in a dataset whose own context keeps Ray quiet and lets a lost shard not end the job."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger(_EXECUTOR).addFilter(_forget_frames)
     dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
     dataset.context.max_errored_blocks = -1
     dataset.context.autoscaling_config = AutoscalingConfig(actor_pool_util_upscaling_threshold=_GROW_AT)
@@ -171,6 +174,14 @@ def _open_dataset(shards: list[Shard]) -> Dataset:
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     return dataset
+
+
+def _forget_frames(record: logging.LogRecord) -> bool:
+    """Keep the text of an error, and not its frames: who keeps such a record keeps the workers of its window alive."""
+    if record.exc_info:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
+        record.exc_info = None
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -213,7 +224,7 @@ class _PredictWorker:
 
     def __call__(self, block: Block) -> Iterator[Block]:
         shard = Shard(**json.loads(block["shard"][0]))
-        yield _attempt(self.labeller, shard, partial(_unpack_pixels, block, shard, self.batch_size))
+        yield _attempt(self.labeller, shard, partial(_unpack_pixels, block, self.batch_size))
 
 
 def _open_labeller(task: Task, model: Any, scaling: Scaling) -> Labeller:
@@ -234,36 +245,31 @@ def _attempt(labeller: Labeller, shard: Shard, decode: Callable[[], Iterable[Dec
 
 
 def _pack_pixels(shard: Shard, decoder: Decoder) -> Block:
-    """One block of all images of a shard; an image without pixels is black there, and its row says why."""
+    """All images of a shard in one row; an image without pixels is black there, and says why."""
     side = decoder.task.preset.crop
     try:
         batches = list(decoder.decode(shard))
         rows = [row for batch in batches for row in batch.rows]
         pixels = np.zeros((len(rows), 3, side, side), np.uint8)
         pixels[[row.error is None for row in rows]] = np.concatenate([batch.pixels.numpy() for batch in batches])
-        packed = [json.dumps(asdict(row)) for row in rows]
+        packed = json.dumps([asdict(row) for row in rows])
     except Exception as error:  # the boundary of a shard: told to the driver by the predict worker
         pixels = np.zeros((1, 3, side, side), np.uint8)
-        packed = [json.dumps({"lost": f"{type(error).__name__}: {error}"})]
-    return {
-        "shard": np.array([json.dumps(asdict(shard))] * len(packed)),
-        "row": np.array(packed),
-        "pixels": pixels,
-    }
+        packed = json.dumps({"lost": f"{type(error).__name__}: {error}"})
+    return {"shard": np.array([json.dumps(asdict(shard))]), "images": np.array([packed]), "pixels": pixels[None]}
 
 
-def _unpack_pixels(block: Block, shard: Shard, batch_size: int) -> Iterator[DecodedBatch]:
+def _unpack_pixels(block: Block, batch_size: int) -> Iterator[DecodedBatch]:
     """The inverse of `_pack_pixels`, in batches again."""
-    values = list(map(json.loads, block["row"]))
-    if "lost" in values[0]:
-        raise WorkerError(values[0]["lost"])
-    if len(values) != shard.num_images:
-        raise WorkerError(f"shard {shard.index} came in more than one block")
+    values = json.loads(block["images"][0])
+    if "lost" in values:
+        raise WorkerError(values["lost"])
+    pixels = block["pixels"][0]
     for first in range(0, len(values), batch_size):
         rows = [ImageRow(**value) for value in values[first : first + batch_size]]
         is_decoded = [row.error is None for row in rows]
         # Indexing copies: blocks lie in shared memory, which PyTorch must not take for its own.
-        yield DecodedBatch(rows, torch.from_numpy(block["pixels"][first : first + batch_size][is_decoded]))
+        yield DecodedBatch(rows, torch.from_numpy(pixels[first : first + batch_size][is_decoded]))
 
 
 # ---------------------------------------------------------------------------------------------------------------

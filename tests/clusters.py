@@ -78,7 +78,7 @@ class Nodes:
                 self.kill(node)
         for kind in wanted.elements():
             self.add(*kind)
-        return [next(n for n in self._nodes if _find_resources(n) == kind) for kind in resources]
+        return sorted(self._nodes, key=lambda node: resources.index(_find_resources(node)))
 
     def add(self, cpus: int, gpus: int) -> Any:
         self._nodes.append(self._cluster.add_node(num_cpus=cpus, num_gpus=gpus))

@@ -9,6 +9,7 @@ workers that are given one are told to compute on the CPU. The command runs in a
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,12 +33,18 @@ def nodes() -> Iterator[Nodes]:
         # Read by the nodes, which pass them on to their workers.
         patch.setenv("NIGHTSHIFT_FAKE_GPUS", "1")
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("RAY_health_check_period_ms", "1000")
+        patch.setenv("RAY_health_check_period_ms", "2000")
         patch.setenv("RAY_health_check_failure_threshold", "5")
         patch.setenv("RAY_AUTH_MODE", "disabled")
         cluster = Nodes()
         yield cluster
         cluster.close()
+        if os.environ.get("KEEP"):
+            import shutil
+
+            shutil.copytree(
+                folder, "/tmp/rs/keep", dirs_exist_ok=True, ignore=shutil.ignore_patterns("sockets", "py_modules*")
+            )
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
-from pipeline.dispatch import _decoder_resources, _pack_pixels, _unpack_pixels, _worker_resources
+from pipeline.dispatch import _decoder_resources, _forget_frames, _pack_pixels, _unpack_pixels, _worker_resources
 from pipeline.errors import WorkerError
 from pipeline.images import ImageRow
 from pipeline.plan import Shard
@@ -51,8 +55,8 @@ def test_shard_between_operators_is_what_was_decoded_however_few_images_could_be
     rows = [row for batch in batches for row in batch.rows]
     shard = Shard(3, 0, len(rows))
     block = _pack_pixels(shard, FakeDecoder(*batches))
-    assert all(len(column) == len(rows) for column in block.values())
-    unpacked = list(_unpack_pixels(block, shard, 2))
+    assert all(len(column) == 1 for column in block.values())
+    unpacked = list(_unpack_pixels(block, 2))
     assert [row for batch in unpacked for row in batch.rows] == rows
     assert torch.equal(torch.cat([b.pixels for b in unpacked]), torch.cat([b.pixels for b in batches]))
     assert not any(np.shares_memory(batch.pixels.numpy(), block["pixels"]) for batch in unpacked)
@@ -66,7 +70,7 @@ def test_shard_that_cannot_be_read_is_told_to_whoever_would_label_it():
 
     shard = Shard(3, 0, 5)
     with pytest.raises(WorkerError, match="OSError: the plan is gone"):
-        list(_unpack_pixels(_pack_pixels(shard, Broken()), shard, 2))
+        list(_unpack_pixels(_pack_pixels(shard, Broken()), 2))
 
 
 def scaling(*, cpus=1.0, gpus=0.0, decoders=2) -> Scaling:
@@ -97,3 +101,23 @@ def test_neither_decoders_nor_predictors_can_take_what_the_others_need_to_start_
         full = cores // cpus * predictor["num_cpus"]
         assert cores - full >= decoder["num_cpus"]
         assert round(predictor["num_cpus"] * 10_000, 6).is_integer()
+
+
+def test_record_of_an_error_keeps_its_text_and_nothing_that_was_at_hand():
+    class Pool:
+        """Stands for the workers that a frame of Ray Data's holds."""
+
+    def fail() -> logging.LogRecord:
+        pool = Pool()
+        pools.add(pool)
+        try:
+            raise ValueError("a worker died")
+        except ValueError:
+            return logging.LogRecord("ray.data", logging.ERROR, "", 0, "lost", None, sys.exc_info())
+
+    pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+    record = fail()
+    assert len(pools) == 1
+    assert _forget_frames(record)
+    assert not pools
+    assert "ValueError: a worker died" in logging.Formatter().format(record)
