@@ -116,6 +116,8 @@ def _find_groups() -> list[tuple[dict[str, float], int]] | None:
 
     Ray's own control store knows it of some autoscalers; of those that `ray up` starts, the head has a file.
     """
+    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+        return None  # through Ray Client, none of it can be seen
     config = ray._private.state.state.get_cluster_config()
     if config is not None and config.node_group_configs:
         return [(dict(group.resources), group.max_count) for group in config.node_group_configs]

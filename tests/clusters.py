@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,9 @@ import pyarrow.dataset as ds
 ROOT = Path(__file__).parents[1]
 # Starting PyTorch takes long where several processes do so at once on a few busy cores.
 PATIENCE_S = 150
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+# A node may need more than the half minute that Ray gives it, where every core is busy.
+START_ATTEMPTS = 3
 NUM_IMAGES = 240
 SHARD_SIZE = 10
 NUM_SHARDS = NUM_IMAGES // SHARD_SIZE
@@ -62,9 +67,8 @@ class Nodes:
     def __init__(self, *, head_cpus: int = 0) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": head_cpus, "include_dashboard": False}
-        )
+        self._cluster = Cluster()
+        self._start(num_cpus=head_cpus, include_dashboard=False)
         self.address: str = self._cluster.address
         self._nodes: list[Any] = []
 
@@ -81,8 +85,18 @@ class Nodes:
         return sorted(self._nodes, key=lambda node: resources.index(_find_resources(node)))
 
     def add(self, cpus: int, gpus: int) -> Any:
-        self._nodes.append(self._cluster.add_node(num_cpus=cpus, num_gpus=gpus))
+        self._nodes.append(self._start(num_cpus=cpus, num_gpus=gpus))
         return self._nodes[-1]
+
+    def _start(self, **arguments: Any) -> Any:
+        for _ in range(START_ATTEMPTS):
+            # A node that finds ports itself waits for its agents to tell them, and gives up after 15 s.
+            ports = dict(zip(AGENT_PORTS, find_free_ports(len(AGENT_PORTS)), strict=True))
+            try:
+                return self._cluster.add_node(**arguments, **ports)
+            except Exception as error:  # Ray's own type, for want of another; it waits for 30 s and no longer
+                failure = error
+        raise failure
 
     def kill(self, node: Any) -> None:
         """As when a machine loses its power."""
@@ -108,6 +122,15 @@ class Nodes:
 
     def close(self) -> None:
         self._cluster.shutdown()
+
+
+def find_free_ports(count: int) -> list[int]:
+    """Ports on which nobody listens now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [opened.getsockname()[1] for opened in sockets]
 
 
 def _find_resources(node: Any) -> tuple[int, int]:

@@ -95,6 +95,9 @@ class Host:
         )
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, f"--node-ip-address={self.ip}"]
         command += [f"--num-cpus={num_cpus}", "--object-store-memory=150000000", "--disable-usage-stats", "--block"]
+        # Found by the node itself, its agents would have 15 s to tell them.
+        ports = ("dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port")
+        command += [f"--{name}={20_000 + i}" for i, name in enumerate(ports)]
         log = self.folder / "ray.log"
         with log.open("wb") as out:
             self._ray = subprocess.Popen([*self.prefix, *command], stdout=out, stderr=subprocess.STDOUT)
