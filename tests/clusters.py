@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 
 ROOT = Path(__file__).parents[1]
 # Starting PyTorch takes long where several processes do so at once on a few busy cores.
-PATIENCE_S = 150
+PATIENCE_S = 300
 AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
 # A node may need more than the half minute that Ray gives it, where every core is busy.
 START_ATTEMPTS = 3

@@ -22,7 +22,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S: Final = 150
+PATIENCE_S: Final = 300
 EPOCHS: Final = 8
 # What two trainings have in common that compute the same; the rest of an epoch's row is about time.
 LEARNED: Final = ("epoch", "train_loss", "val_loss", "val_top1", "lr")
@@ -99,7 +99,8 @@ def start(folder: Path, photographs: Path, nodes: Nodes, *flags: str) -> subproc
     command += "--weights none --resize 36 --crop 32 --batch-size 4 --lr 1e-2 --precision fp32".split()
     command += ["--epochs", str(EPOCHS), "--cpus-per-worker", "1", "--address", nodes.address, *flags]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=(folder / "log").open("wb"))
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stderr=log)
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:

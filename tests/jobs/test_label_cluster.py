@@ -9,7 +9,6 @@ workers that are given one are told to compute on the CPU. The command runs in a
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -39,12 +38,6 @@ def nodes() -> Iterator[Nodes]:
         cluster = Nodes()
         yield cluster
         cluster.close()
-        if os.environ.get("KEEP"):
-            import shutil
-
-            shutil.copytree(
-                folder, "/tmp/rs/keep", dirs_exist_ok=True, ignore=shutil.ignore_patterns("sockets", "py_modules*")
-            )
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +145,7 @@ def test_node_that_joins_takes_part_and_idle_gpus_are_released_at_the_tail(nodes
     job.until(lambda: {worker["raylet"] for worker in job.workers.values()} == raylets)
     took_s = time.monotonic() - began
     print(f"a node's worker took part {took_s:.0f} s after the node was there")
-    assert took_s < 60
+    assert took_s < 90  # Ray Data looks every 20 s, and PyTorch takes long to import here
 
     # One worker is kept at its shard; when nothing is left for the other, its GPU is free for others.
     kept = next(pid for pid, worker in job.workers.items() if worker["raylet"] == find_raylet(second))

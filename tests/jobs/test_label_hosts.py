@@ -28,7 +28,7 @@ from clusters import NUM_IMAGES, Job, assert_complete
 pytestmark = pytest.mark.slow
 
 PORT: Final = 6379
-PATIENCE_S: Final = 120
+PATIENCE_S: Final = 300
 # Shorter than what Ray takes for the death of a node.
 BLIP_S: Final = 2
 ENVIRONMENT: Final = {
