@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,8 +17,7 @@ import pyarrow.dataset as ds
 ROOT = Path(__file__).parents[1]
 # Starting PyTorch takes long where several processes do so at once on a few busy cores.
 PATIENCE_S = 300
-AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
-# A node may need more than the half minute that Ray gives it, where every core is busy.
+# A node gives up when its agents have no ports within 15 s, which they take where every core is busy.
 START_ATTEMPTS = 3
 NUM_IMAGES = 240
 SHARD_SIZE = 10
@@ -90,10 +87,8 @@ class Nodes:
 
     def _start(self, **arguments: Any) -> Any:
         for _ in range(START_ATTEMPTS):
-            # A node that finds ports itself waits for its agents to tell them, and gives up after 15 s.
-            ports = dict(zip(AGENT_PORTS, find_free_ports(len(AGENT_PORTS)), strict=True))
             try:
-                return self._cluster.add_node(**arguments, **ports)
+                return self._cluster.add_node(**arguments)
             except Exception as error:  # Ray's own type, for want of another; it waits for 30 s and no longer
                 failure = error
         raise failure
@@ -122,15 +117,6 @@ class Nodes:
 
     def close(self) -> None:
         self._cluster.shutdown()
-
-
-def find_free_ports(count: int) -> list[int]:
-    """Ports on which nobody listens now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
 
 
 def _find_resources(node: Any) -> tuple[int, int]:

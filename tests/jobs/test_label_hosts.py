@@ -23,7 +23,7 @@ from typing import Final
 
 import psutil
 import pytest
-from clusters import NUM_IMAGES, Job, assert_complete
+from clusters import NUM_IMAGES, START_ATTEMPTS, Job, assert_complete
 
 pytestmark = pytest.mark.slow
 
@@ -95,13 +95,18 @@ class Host:
         )
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, f"--node-ip-address={self.ip}"]
         command += [f"--num-cpus={num_cpus}", "--object-store-memory=150000000", "--disable-usage-stats", "--block"]
-        # Found by the node itself, its agents would have 15 s to tell them.
-        ports = ("dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port")
-        command += [f"--{name}={20_000 + i}" for i, name in enumerate(ports)]
         log = self.folder / "ray.log"
-        with log.open("wb") as out:
-            self._ray = subprocess.Popen([*self.prefix, *command], stdout=out, stderr=subprocess.STDOUT)
-        until(lambda: "Ray runtime started" in log.read_text(), lambda: f"no Ray on {self.name}: {log.read_text()}")
+        for _ in range(START_ATTEMPTS):
+            with log.open("wb") as out:
+                self._ray = subprocess.Popen([*self.prefix, *command], stdout=out, stderr=subprocess.STDOUT)
+            until(lambda: "Ray runtime started" in log.read_text() or self._has_ended(), log.read_text)
+            if not self._has_ended():
+                return
+            self.end_processes()
+        raise AssertionError(f"no Ray on {self.name}: {log.read_text()}")
+
+    def _has_ended(self) -> bool:
+        return self._ray is not None and self._ray.poll() is not None
 
     @property
     def address(self) -> str:
