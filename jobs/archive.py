@@ -6,9 +6,10 @@ inputs ─ list ─ plan ─ shards ═ Ray Data ═ worker ═ status rows ─ 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
@@ -18,23 +19,27 @@ import tyro
 from jobs.inputs import Auto, Check, InputConfig, ModelConfig, as_given, is_below, is_worker_count
 from pipeline import plan as plans
 from pipeline.commit import PREDICTIONS_DIR, Counts, find_committed, sweep_foreign
-from pipeline.errors import ConfigError, OutputError
+from pipeline.errors import ConfigError, DamagedRunError, OutputError
 from pipeline.lease import HeldLease, hold_lease
 from pipeline.listing import Inputs, exclude_known
-from pipeline.plan import Listing, Plan
+from pipeline.plan import Listing, Plan, Shard
+from pipeline.redo import STAGES, Redo, find_failed
 from pipeline.run import (
     SUCCESS,
     LabelAccount,
     clear_run,
+    explain_folder,
     find_finished,
     keep_account,
     open_log,
     open_run_folder,
     refuse_changes,
 )
+from pipeline.sight import Sight, find_sight
 from pipeline.sources import normalise_input
 from pipeline.storage import Folder
 from pipeline.terminal import Progress, Rate, describe_counts, format_seconds, open_terminal
+from pipeline.verify import verify_run
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster, Scaling
@@ -71,7 +76,14 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
     shard_size: int | Auto = "auto"
     """Images a part; auto follows from the number of images."""
     max_failure_rate: float = 0.05
-    """With a larger share of failed images the run is complete, but no success (exit code 3)."""
+    """With a larger share of failed images the run is complete, but no success (exit code 3); it ends early (exit
+    code 1) as soon as that is certain, or when over half of the first 1,000 images fail."""
+    retry_failed: bool = False
+    """Read the failed images of the run in the folder again, and replace their rows."""
+    retry_stages: str = ",".join(STAGES)
+    """Which of them, by the stage that they failed in."""
+    verify: bool = False
+    """Read all of the run in the folder, and say whether it is whole; needs no INPUT and changes no label."""
     overwrite: bool = False
     """Start anew in a folder that holds a run."""
     update: bool = False
@@ -135,12 +147,23 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
         if faults:
             raise ConfigError(*faults)
 
+    def print_notice(self, text: str) -> None:
+        """Tell the user something before there is a log and a progress line."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
     def refuse_changes(self, given: dict[str, Any], resolved: dict[str, Any]) -> None:
         """Raise OutputError, with the difference, where a run that was `given` other settings is in the output."""
         refuse_changes(self.identity, stored_given=given, stored_resolved=resolved, output=str(self.output))
 
+    @property
+    def stages_to_retry(self) -> tuple[str, ...]:
+        """What --retry-stages names."""
+        return tuple(filter(None, (stage.strip() for stage in self.retry_stages.split(","))))
+
     def _find_faults(self) -> Iterator[Check]:
-        yield from self._check_inputs()
+        if not self.verify:
+            yield from self._check_inputs()
         yield from self._check_model()
         yield self.limit is not None and self.limit < 1, f"--limit {self.limit}: must be at least 1"
         yield (
@@ -159,6 +182,16 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
         yield self.update and self.overwrite, "--update: cannot be used with --overwrite"
         yield self.update and self.limit is not None, "--update: cannot be used with --limit"
         yield self.dry_run and not self.output, "--dry-run: name the output that the run would have, with -o"
+        yield self.retry_failed and self.overwrite, "--retry-failed: cannot be used with --overwrite"
+        unknown = [stage for stage in self.stages_to_retry if stage not in STAGES]
+        yield (
+            bool(unknown) or not self.stages_to_retry,
+            f"--retry-stages {self.retry_stages}: must be some of {','.join(STAGES)}"
+            + ("; --update lists anew what could not be listed" if "list" in unknown else ""),
+        )
+        for name in ("retry_failed", "overwrite", "update", "dry_run"):
+            yield self.verify and getattr(self, name), f"--verify: cannot be used with --{name.replace('_', '-')}"
+        yield self.verify and not self.output, "--verify: name the output that the run is in, with -o"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,15 +213,48 @@ def run_archive(config: ArchiveConfig, *, started: float | None = None) -> Outco
     config.check()
     if config.output is None:
         raise ConfigError("-o: name a folder for the result")
-    folder = open_run_folder(config.output)
-    if not config.overwrite and not config.update and (finished := find_finished(folder, job=config.job)):
-        config.refuse_changes(finished["config"]["given"], finished["config"]["resolved"])
-        return Outcome(account=finished)
+    with explain_folder(folder := open_run_folder(config.output)):
+        if config.verify:
+            return verify_archive(config, folder)
+        does_more = config.overwrite or config.update or config.retry_failed
+        if not does_more and (finished := find_finished(folder, job=config.job)):
+            config.refuse_changes(finished["config"]["given"], finished["config"]["resolved"])
+            return Outcome(account=finished)
 
-    inputs = config.open_inputs(output=config.output, limit=config.limit)
-    started = time.time() if started is None else started
-    with hold_lease(folder) as lease, open_log(folder) as log, open_terminal(log, is_quiet=config.quiet) as progress:
-        return _Run(config, folder, lease, inputs, progress, started).complete()
+        inputs = config.open_inputs(output=config.output, limit=config.limit)
+        started = time.time() if started is None else started
+        with (
+            hold_lease(folder, notice=config.print_notice) as lease,
+            open_log(folder) as log,
+            open_terminal(log, is_quiet=config.quiet) as progress,
+        ):
+            return _Run(config, folder, lease, inputs, progress, started).complete()
+
+
+def verify_archive(config: ArchiveConfig, folder: Folder) -> Outcome:
+    """Read all of a run; raises DamagedRunError, and takes its _SUCCESS away, where some of it is not as it was."""
+    plan = plans.load_plan(folder)
+    if plan is None:
+        raise OutputError(f"output {config.output!r} holds no run that could be verified")
+    finished = find_finished(folder, job=config.job)
+    with Progress(sys.stderr, is_quiet=config.quiet) as progress:
+        num_parts = 0
+        progress.show(lambda: f"verifying: {num_parts:,}/{plan.num_shards:,} parts")
+
+        def count(number: int) -> None:
+            nonlocal num_parts
+            num_parts = number
+
+        found = verify_run(folder, plan, tell=count)
+    if found.is_whole and finished:
+        return Outcome(account={**finished, "verified": {"parts": found.num_parts, "rows": found.num_rows}})
+    with hold_lease(folder, notice=config.print_notice):  # not before something is to be changed
+        if plans.load_plan(folder) != plan:
+            raise OutputError(f"output {config.output!r} was replaced by another run while it was verified")
+        folder.delete(SUCCESS)
+        for name in found.damaged:
+            folder.delete(f"{PREDICTIONS_DIR}/{name}")
+    raise DamagedRunError(found.describe(is_finished=finished is not None))
 
 
 class _Run:
@@ -216,15 +282,22 @@ class _Run:
         plan = self._find_plan()
         if plan and self.config.update:
             plan = self._update_plan(plan)
-        committed = self._find_committed(plan)
-        if plan and len(committed) == plan.num_shards:
-            account = self._open_account(plan, committed)
-        else:
-            account = self._work(plan, committed)
+        shards = plans.read_shards(self.folder, plan) if plan else []
+        committed = find_committed(self.folder, shards, run_hashes=plan.run_hashes) if plan else {}
+        redo = self._find_redo(plan, shards, committed) if plan and self.config.retry_failed else {}
+        if plan is None:
+            return self._finish(self._work(None, {}, {}))
+        account = self._open_account(plan, committed, redo)
+        account.check_failures(self.config.max_failure_rate)
+        if account.num_todo:
+            account = self._work(plan, committed, redo)
         return self._finish(account)
 
-    def _work(self, plan: Plan | None, committed: dict[int, Counts]) -> LabelAccount:
-        """List the images where there is no plan yet, then work through the shards that are not committed."""
+    def _work(self, plan: Plan | None, committed: dict[int, Counts], redo: dict[int, int]) -> LabelAccount:
+        """List the images where there is no plan yet, then work through the shards that there is something to do in.
+
+        Those are the ones that are not `committed`, and the ones with rows to `redo`.
+        """
         config, progress = self.config, self.progress
         progress.show(f"loading {config.model}")
         with self._timed("model_s"):
@@ -242,30 +315,51 @@ class _Run:
         with open_cluster(config.address) as cluster:
             self.timings["cluster_s"] = time.monotonic() - cluster_began
             scaling = self._find_scaling(cluster)
+            sight = self._check_sight(cluster, self.inputs.uris)
             if plan is None:
                 plan = self._make_plan(model, precision=self._find_precision(cluster, scaling))
             self._check_split(plan)
-            account = self._open_account(plan, committed)
-            shards = [shard for shard in plans.read_shards(self.folder, plan) if shard.index not in committed]
+            account = self._open_account(plan, committed, redo)
+            shards = [
+                shard
+                for shard in plans.read_shards(self.folder, plan)
+                if shard.index not in committed or shard.index in redo
+            ]
+            self._check_sight(cluster, plans.sample_uris(self.folder, shards))
             scaling = scaling.limited_to(len(shards))
             account.cluster = asdict(cluster) | asdict(scaling)
             account.max_in_work = scaling.max_shards_in_work * plan.max_shard_images
-            task = self._describe_task(plan, model, scaling)
+            task = self._describe_task(plan, model, scaling, sight)
             rate = Rate()
             progress.show(partial(_describe_progress, account, rate))
+            if redo:
+                self.folder.delete(SUCCESS)
             with keep_account(account, self.lease):
                 for done in run_shards(task, model, plans.stride_order(shards), scaling=scaling):
-                    account.add(done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
-                    rate.add(done.counts.num_images, at=done.finished_at, since=done.ready_at)
+                    num_new = account.add(done.shard, done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
+                    rate.add(num_new, at=done.finished_at, since=done.ready_at)
+                    account.check_failures(config.max_failure_rate)
         return account
 
     def _finish(self, account: LabelAccount) -> Outcome:
+        self.lease.confirm()
         sweep_foreign(self.folder, run_hashes=account.plan.run_hashes)
         if account.failure_rate > self.config.max_failure_rate:
             return Outcome(account=account.write("too many failures"), exit_code=EXIT_TOO_MANY_FAILURES)
         written = account.write("done")
         self.folder.put(SUCCESS, b"")
         return Outcome(account=written)
+
+    def _find_redo(self, plan: Plan, shards: list[Shard], committed: dict[int, Counts]) -> dict[int, int]:
+        """How many rows of which shards are to be done again."""
+        self.progress.show("looking for what has failed")
+        stages = self.config.stages_to_retry
+        redo = find_failed(self.folder, shards, committed, run_hashes=plan.run_hashes, stages=stages)
+        if redo:
+            self.progress.notice(f"{sum(redo.values()):,} failed images in {len(redo):,} parts are done again")
+        else:
+            self.progress.notice(f"nothing is to be done again: no image has failed in {' or '.join(stages)}")
+        return redo
 
     # -----------------------------------------------------------------------------------------------------------
     # The plan
@@ -330,12 +424,6 @@ class _Run:
             progress.notice(f"{inputs.num_repeated:,} images are named more than once, and labelled once")
         return listing
 
-    def _find_committed(self, plan: Plan | None) -> dict[int, Counts]:
-        if plan is None:
-            return {}
-        shards = plans.read_shards(self.folder, plan)
-        return find_committed(self.folder, shards, run_hashes=plan.run_hashes)
-
     def _resolve(self, model: Model, listing: Listing, precision: str) -> dict[str, Any]:
         """The identity of the run with no `auto` left in it."""
         return {
@@ -359,7 +447,8 @@ class _Run:
             )
 
     def _check_split(self, plan: Plan) -> None:
-        if self.config.decode_on == "cpu-nodes" and plan.max_shard_images > plans.MAX_SPLIT_IMAGES:
+        is_split = self.config.decode_on == "cpu-nodes" and not self.config.retry_failed
+        if is_split and plan.max_shard_images > plans.MAX_SPLIT_IMAGES:
             raise ConfigError(
                 f"--decode-on cpu-nodes: a shard of this run holds {plan.max_shard_images:,} images (a compressed tar "
                 f"or a row group is never divided), and only up to {plans.MAX_SPLIT_IMAGES:,} can be sent between "
@@ -375,7 +464,7 @@ class _Run:
             num_workers=config.num_workers,
             gpus_per_worker=None if config.gpus_per_worker == "auto" else config.gpus_per_worker,
             cpus_per_worker=None if config.cpus_per_worker == "auto" else config.cpus_per_worker,
-            is_split=config.decode_on == "cpu-nodes",
+            is_split=config.decode_on == "cpu-nodes" and not config.retry_failed,
         )
 
     def _find_precision(self, cluster: Cluster, scaling: Scaling) -> str:
@@ -387,7 +476,18 @@ class _Run:
             raise ConfigError("--precision fp16: needs GPUs, and the cluster has none")
         return self.config.precision
 
-    def _describe_task(self, plan: Plan, model: Model, scaling: Scaling) -> Task:
+    def _check_sight(self, cluster: Cluster, uris: Iterable[str]) -> Sight | None:
+        """What the workers have to see of `uris`, after a look from every node; None where all of them are here."""
+        if cluster.is_here:
+            return None
+        from pipeline.survey import check_nodes
+
+        self.progress.show("looking whether every node sees inputs and output")
+        sight = find_sight(self.lease.fence, uris)
+        check_nodes(sight)
+        return sight
+
+    def _describe_task(self, plan: Plan, model: Model, scaling: Scaling, sight: Sight | None) -> Task:
         from pipeline.storage.bucket import read_environment
 
         config = self.config
@@ -406,11 +506,13 @@ class _Run:
             batch_size=batch_size,
             retries=config.retries,
             image_column=config.image_column,
+            redo=Redo(config.stages_to_retry, self.lease.fence.token) if config.retry_failed else None,
+            sight=sight,
             environment=read_environment(),
         )
 
-    def _open_account(self, plan: Plan, committed: dict[int, Counts]) -> LabelAccount:
-        account = LabelAccount(self.folder, plan, committed, started=self.started)
+    def _open_account(self, plan: Plan, committed: dict[int, Counts], redo: dict[int, int]) -> LabelAccount:
+        account = LabelAccount(self.folder, plan, committed, started=self.started, redo=redo)
         account.timings = self.timings
         return account
 
@@ -422,8 +524,12 @@ class _Run:
 
 
 def _describe_progress(account: LabelAccount, rate: Rate) -> str:
-    done, total = account.counts.num_images, account.plan.num_images
-    parts = [f"{done:,}/{total:,} images"]
+    if account.redo:
+        done, total = account.num_new, account.num_todo
+        parts = [f"{done:,}/{total:,} images, those that had failed among them"]
+    else:
+        done, total = account.counts.num_images, account.plan.num_images
+        parts = [f"{done:,}/{total:,} images"]
     if speed := rate.images_per_s:
         parts += [
             f"{speed:,.1f} images/s",

@@ -10,12 +10,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar
 
 import tyro
 import yaml
 
+from jobs.interrupt import handle_interrupts
 from pipeline.errors import ConfigError, PipelineError
 
 Config = TypeVar("Config")
@@ -43,7 +43,7 @@ def parse(kind: type[Config], arguments: list[str], *, command: str, description
 
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Call a command's `main`, say in one place what went wrong, and return the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    handle_interrupts()
     try:
         return main(arguments)
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has seen enough
@@ -70,10 +70,6 @@ def leave(code: int) -> NoReturn:
         atexit._run_exitfuncs()  # Ray's among them, which ends what it has started
         os._exit(code)
     sys.exit(code)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
 
 
 def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:

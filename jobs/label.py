@@ -73,12 +73,12 @@ class LabelConfig(ArchiveConfig):
         return BYTES_PER_ROW + BYTES_PER_PREDICTION * self.top_k
 
     def _find_faults(self) -> Iterator[Check]:
-        yield from super()._find_faults()
         yield self.top_k < 1, f"--top-k {self.top_k}: must be at least 1"
         yield (
             self.labels is not None and not os.path.isfile(self.labels),
             f"--labels {self.labels}: there is no such file",
         )
+        yield from super()._find_faults()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,8 @@ def describe(result: LabelResult, config: LabelConfig) -> str:
     speed = f", {throughput['images_per_s']:,} images/s" if throughput["images_per_s"] else ""
     lines = [f"{counts['labelled']:,} of {counts['listed']:,} images labelled in {took}{speed}"]
     lines += [f"{number:>7,} failed: {kind}" for kind, number in result.account["failures"].items()]
+    if verified := result.account.get("verified"):
+        lines.append(f"verified {verified['parts']:,} parts: {verified['rows']:,} rows, one for each image of the plan")
     if result.exit_code:
         rate = counts["failed"] / counts["listed"]
         lines.append(

@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.commit import Counts, commit_part
+from pipeline.commit import Counts
 from pipeline.decode import Exif
 from pipeline.fetch import Fetcher
 from pipeline.images import ImageOpener, ImageRow
 from pipeline.lease import Fence
 from pipeline.models import Model
-from pipeline.plan import Shard, read_images
+from pipeline.plan import Shard
 from pipeline.predict import Precision, Predictor, TopK
 from pipeline.presets import Preset
+from pipeline.redo import Redo, commit_work, read_work
+from pipeline.sight import Sight
 from pipeline.storage import Folder
 
 # Batches that are being decoded while the model works on one.
@@ -56,13 +58,19 @@ class Task:
     batch_size: int
     retries: int
     image_column: str | None = None
+    redo: Redo | None = None
+    """Which rows of parts that stand already are to be done again; by default, no such shard is sent."""
+    sight: Sight | None = None
+    """What this process has to see of local file systems, where it may run on another machine than the driver."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Where object stores are, as the driver knows it; what a worker's own environment says goes first."""
 
     def prepare_process(self) -> None:
-        """Let this process find the same object stores as the driver."""
+        """Let this process find the same object stores as the driver; raises WorkerError where it sees other files."""
         for name, value in self.environment.items():
             os.environ.setdefault(name, value)
+        if self.sight is not None:
+            self.sight.check()
 
 
 @dataclass(slots=True)
@@ -104,9 +112,9 @@ class Decoder:
         )
 
     def decode(self, shard: Shard) -> Iterator[DecodedBatch]:
-        """The images of `shard` in the order of the plan, in batches."""
+        """The images of `shard` in the order of the plan, in batches; of a part that stands, those that had failed."""
         size = self.task.batch_size
-        images = read_images(self.task.folder, shard)
+        images = read_work(self.task.folder, shard, run_hashes=self.task.run_hashes, redo=self.task.redo)
         with contextlib.closing(self._opener.open_images(images, ahead=size * _BATCHES_AHEAD)) as opened:
             while batch := list(islice(opened, size)):
                 pixels = [tensor for _, tensor in batch if tensor is not None]
@@ -136,8 +144,8 @@ class Labeller:
                 self._check_fence()
             tables.append(self._predict(batch))
         self._check_fence()
-        run_hash = self.task.run_hashes[shard.segment]
-        counts = commit_part(self.task.folder, shard, pa.concat_tables(tables), run_hash=run_hash)
+        rows = pa.concat_tables(tables) if tables else schema.PREDICTIONS.empty_table()
+        counts = commit_work(self.task.folder, shard, rows, run_hashes=self.task.run_hashes, redo=self.task.redo)
         return Done(
             shard=shard.index,
             counts=counts,
