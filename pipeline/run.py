@@ -452,7 +452,9 @@ def _read_invocations(folder: Folder, run_id: str) -> list[dict[str, Any]]:
         account = json.loads(folder.read(RUN))
     except (FileNotFoundError, ValueError):
         return []
-    return list(account["invocations"]) if account.get("run_id") == run_id else []
+    invocations = list(account["invocations"]) if account.get("run_id") == run_id else []
+    # It cannot have said so itself, and whoever reads this holds the lease now.
+    return [{**one, "state": "killed"} if one["state"] == "running" else one for one in invocations]
 
 
 def _find_version(name: str) -> str | None:

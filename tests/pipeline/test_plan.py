@@ -610,3 +610,10 @@ def test_memory_does_not_grow_with_the_listing(folder):
     assert listing.num_images == 120_000
     assert peak < 15e6
     assert max(arrow_bytes) - arrow_bytes[0] < 30e6
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run_id": "2025', b"\0" * 500])
+def test_damaged_seal_is_refused_with_what_to_do(folder, content):
+    folder.put(plans.SEAL, content)
+    with pytest.raises(OutputError, match=r"the plan in .* is damaged .*; delete the folder, or name another output"):
+        load_plan(folder)

@@ -80,7 +80,7 @@ def test_failed_rows_are_found_by_their_stage(folder, run):
 
 
 def test_only_failed_images_are_read_again_and_members_that_moved_by_their_names(folder, run):
-    plan, first, second, images = run
+    plan, first, _, images = run
     again = read_work(folder, first, run_hashes=plan.run_hashes, redo=ALL)
     assert again == [images[1], images[3], ListedImage(images[4].uri, images[4].target), images[8]]
     decoded = read_work(folder, first, run_hashes=plan.run_hashes, redo=Redo(("decode",), "b" * 16))

@@ -105,7 +105,7 @@ def test_truncated_and_missing_parts_are_told_apart(folder, run):
 
 
 def test_disk_that_cannot_be_read_just_now_says_nothing_about_the_part(folder, run, monkeypatch):
-    plan, shards = run
+    plan, _ = run
     open_read = LocalFolder.open_read
 
     def fail(self, name):
