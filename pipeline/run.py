@@ -423,7 +423,8 @@ def keep_account(account: Account, lease: HeldLease) -> Iterator[None]:
             signal=interrupt.args[0] if interrupt.args else signal.SIGINT,
         ) from None
     except WorkerError as error:
-        lease.confirm()  # else that is the reason
+        with contextlib.suppress(OSError):
+            lease.confirm()  # else that is the reason
         if kept := account.describe_kept():
             raise WorkerError(f"{error}; {kept}") from error
         raise
