@@ -184,7 +184,7 @@ def test_bucket_that_refuses_for_a_while_is_waited_for_or_one_clear_error(undist
         run(config)
 
     faulty_s3.heal()
-    faulty_s3.slow_down(skip=20, times=50)
+    faulty_s3.slow_down(skip=20, times=7)  # in a row, so that one request is repeated for 10 s
     done = run(config)
     assert done.account["counts"] == {"listed": 150, "labelled": 150, "failed": 0}
     rows = done.dataset().to_table().sort_by("uri")

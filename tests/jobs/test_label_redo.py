@@ -88,10 +88,11 @@ def test_failed_images_are_done_again_and_nothing_else_changes(first_run, config
         assert not success.exists()  # goes before the work, and comes back last
         return keep_account(*arguments)
 
-    monkeypatch.setattr(archive, "keep_account", look)
     before = {path: path.stat().st_mtime_ns for path in list_parts(config)}
     heal(config, whole, 3, 12)
-    again = run(replace(config, retry_failed=True, retry_stages="read"))
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "keep_account", look)
+        again = run(replace(config, retry_failed=True, retry_stages="read"))
     changed = [path.name[:11] for path in list_parts(config) if before[path] != path.stat().st_mtime_ns]
     assert changed == ["part-000000"]
     rows = read(again)
