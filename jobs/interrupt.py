@@ -34,22 +34,31 @@ def _watch() -> None:
     threading.Thread(target=_wait_for_second, args=(reader,), name="interrupts", daemon=True).start()
 
 
+# What this process had started when the first signal came: when its children have ended, theirs cannot be found by it.
+_started: list[psutil.Process] = []
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _started.extend(_find_started())
     raise KeyboardInterrupt(number)
 
 
 def _wait_for_second(reader: socket.socket) -> None:
-    started: list[psutil.Process] | None = None
+    is_second = False
     while numbers := reader.recv(64):
         for number in filter(SIGNALS.__contains__, numbers):
-            if started is not None:
-                _end_at_once(128 + number, started)
-            # When the first of them has ended, those that it has started cannot be found any more.
-            started = psutil.Process().children(recursive=True)
+            if is_second:
+                _end_at_once(128 + number)
+            is_second = True
+            _started.extend(_find_started())  # the main thread may not come to it for a while
 
 
-def _end_at_once(code: int, started: list[psutil.Process]) -> None:
-    for process in {*started, *psutil.Process().children(recursive=True)}:
+def _find_started() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _end_at_once(code: int) -> None:
+    for process in (*_started, *_find_started()):
         with contextlib.suppress(psutil.Error):
             process.kill()
     os._exit(code)
