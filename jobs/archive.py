@@ -78,6 +78,8 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
     max_failure_rate: float = 0.05
     """With a larger share of failed images the run is complete, but no success (exit code 3); it ends early (exit
     code 1) as soon as that is certain, or when over half of the first 1,000 images fail."""
+    timeout_per_image: float = 60.0
+    """Seconds after which an image that is still being decoded, or is still in the model, is given up."""
     retry_failed: bool = False
     """Read the failed images of the run in the folder again, and replace their rows."""
     retry_stages: str = ",".join(STAGES)
@@ -169,6 +171,10 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
         yield (
             not 0 <= self.max_failure_rate <= 1,
             f"--max-failure-rate {self.max_failure_rate}: must be between 0 and 1",
+        )
+        yield (
+            not self.timeout_per_image > 0,
+            f"--timeout-per-image {self.timeout_per_image:g}: must be more than 0 seconds",
         )
         yield is_below(self.batch_size, 1), f"--batch-size {self.batch_size}: must be at least 1"
         yield is_below(self.shard_size, 1), f"--shard-size {self.shard_size}: must be at least 1"
@@ -335,7 +341,8 @@ class _Run:
             if redo:
                 self.folder.delete(SUCCESS)
             with keep_account(account, self.lease):
-                for done in run_shards(task, model, plans.stride_order(shards), scaling=scaling):
+                in_order = plans.stride_order(shards)
+                for done in run_shards(task, model, in_order, scaling=scaling, toll=account.toll, tell=progress.notice):
                     num_new = account.add(done.shard, done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
                     rate.add(num_new, at=done.finished_at, since=done.ready_at)
                     account.check_failures(config.max_failure_rate)
@@ -505,6 +512,7 @@ class _Run:
             max_pixels=config.max_pixels,
             batch_size=batch_size,
             retries=config.retries,
+            timeout_s=config.timeout_per_image,
             image_column=config.image_column,
             redo=Redo(config.stages_to_retry, self.lease.fence.token) if config.retry_failed else None,
             sight=sight,

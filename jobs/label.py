@@ -121,6 +121,7 @@ def describe(result: LabelResult, config: LabelConfig) -> str:
     took = format_seconds(throughput["seconds"])
     speed = f", {throughput['images_per_s']:,} images/s" if throughput["images_per_s"] else ""
     lines = [f"{counts['labelled']:,} of {counts['listed']:,} images labelled in {took}{speed}"]
+    lines += _describe_toll(result.account["invocations"][-1])
     lines += [f"{number:>7,} failed: {kind}" for kind, number in result.account["failures"].items()]
     if verified := result.account.get("verified"):
         lines.append(f"verified {verified['parts']:,} parts: {verified['rows']:,} rows, one for each image of the plan")
@@ -136,6 +137,14 @@ def describe(result: LabelResult, config: LabelConfig) -> str:
         f"read it  duckdb -c {quote_for_shell(query)}",
     ]
     return "\n".join(lines)
+
+
+def _describe_toll(invocation: dict[str, Any]) -> list[str]:
+    """What this invocation had to put right, if anything."""
+    replaced, careful = invocation.get("workers_replaced", 0), invocation.get("shards_done_with_care", {})
+    if not replaced and not careful:
+        return []
+    return [f"workers that died and were replaced: {replaced:,}; shards that were then done with care: {len(careful):,}"]
 
 
 def main(arguments: list[str]) -> int:

@@ -46,6 +46,7 @@ from pipeline.storage import (
     retry,
     split_key,
 )
+from pipeline.toll import Toll
 
 RUN: Final = "run.json"
 SUCCESS: Final = "_SUCCESS"
@@ -272,6 +273,7 @@ class LabelAccount(Account):
         """Start from what earlier invocations have committed; `redo` says how many rows of which are done again."""
         super().__init__(folder, plan.run_id, given=plan.given, resolved=plan.resolved, started=started)
         self.plan = plan
+        self.toll = Toll()
         self.counts = Counts()
         for counts in committed.values():
             self.counts.add(counts)
@@ -394,6 +396,7 @@ class LabelAccount(Account):
             "images": self.num_new,
             **({"images_redone": self.num_redone} if self.redo else {}),
             "active_seconds": round(active_s, 3),
+            **self.toll.describe(),
         }
 
 
