@@ -19,7 +19,6 @@ import queue
 import signal
 import subprocess
 import sys
-import threading
 import traceback
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -36,7 +35,7 @@ from pipeline.pixels import OpenContent, Opening, Size
 # A fork is ended by its own timer; a lane that says nothing for so long afterwards is broken itself.
 _LANE_GRACE_S: Final = 60.0
 # The server imports PyTorch first, beside workers that keep all cores busy.
-_START_GRACE_S: Final = 300.0
+_START_S: Final = 300.0
 _END_S: Final = 5.0
 # The kernel, when memory runs out, ends the process that opens one image before any other.
 _OOM_SCORE: Final = 1000
@@ -50,9 +49,8 @@ class Isolator:
     """Opens images like an `Opening`, each in a process of its own; safe to be called from `num_lanes` threads."""
 
     def __init__(self, opening: OpenContent, *, timeout_s: float, num_lanes: int) -> None:
-        """`opening` is pickled; `timeout_s` is how long one image may take."""
+        """`opening` is pickled; `timeout_s` is how long one image may take. Raises WorkerError where none can start."""
         self.timeout_s = timeout_s
-        self._patience_s = timeout_s + _LANE_GRACE_S + _START_GRACE_S
         ends = [Pipe() for _ in range(num_lanes)]
         theirs = [end.fileno() for _, end in ends]
         self._server = subprocess.Popen(
@@ -70,7 +68,12 @@ class Isolator:
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         for mine, _ in ends:
             self._idle.put(mine)
-        self._closing = threading.Lock()
+        try:
+            for mine, _ in ends:
+                self._receive(mine, _START_S)  # by then the server has imported what it needs
+        except WorkerError:
+            self.close()
+            raise
 
     def __call__(self, content: bytes) -> tuple[Size, Tensor]:
         """Open one image.
@@ -80,27 +83,31 @@ class Isolator:
         """
         lane = self._idle.get()
         try:
-            lane.send_bytes(content)
-            if not lane.poll(self._patience_s):
-                raise WorkerError(f"opening images apart from the worker: no answer for {self._patience_s:g} s")
-            answer = lane.recv_bytes()
-        except (EOFError, OSError) as error:
-            code = self._server.poll()
-            raise WorkerError(f"opening images apart from the worker: the server is gone (exit code {code})") from error
+            with contextlib.suppress(OSError):  # then nothing comes back, either
+                lane.send_bytes(content)
+            answer = self._receive(lane, self.timeout_s + _LANE_GRACE_S)
         finally:
             self._idle.put(lane)
         return self._read(answer)
 
     def close(self) -> None:
         """End the server, and with it all lanes."""
-        with self._closing:
-            while not self._idle.empty():
-                self._idle.get().close()
-            try:
-                self._server.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                self._server.kill()
-                self._server.wait()
+        while not self._idle.empty():
+            self._idle.get().close()
+        try:
+            self._server.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+
+    def _receive(self, lane: Connection, limit_s: float) -> bytes:
+        try:
+            if lane.poll(limit_s):
+                return lane.recv_bytes()
+        except (EOFError, OSError) as error:
+            code = self._server.poll()
+            raise WorkerError(f"opening images apart from the worker: the server is gone (exit code {code})") from error
+        raise WorkerError(f"opening images apart from the worker: no answer for {limit_s:g} s")
 
     def _read(self, answer: bytes) -> tuple[Size, Tensor]:
         # JSON, and not pickle: the process that wrote this has opened a file that kills programs.
@@ -157,6 +164,7 @@ def serve(opening: OpenContent, lanes: list[Connection], *, timeout_s: float) ->
 
 def _run_lane(opening: OpenContent, lane: Connection, timeout_s: float) -> NoReturn:
     with contextlib.suppress(EOFError, OSError):
+        lane.send_bytes(b"ready")
         while True:
             lane.send_bytes(_open_apart(opening, lane.recv_bytes(), timeout_s))
     os._exit(0)

@@ -29,6 +29,9 @@ _SEND_S: Final = 10.0
 _STDERR: Final = 2
 _FORMAT: Final = "%(asctime)s %(levelname)s run=%(run)s shard=%(shard)s uri=%(uri)s %(message)s"
 
+# What else speaks through Python's logging: Pillow of damaged files, and `warnings`.
+_LIBRARIES: Final = ("PIL", "py.warnings")
+
 LOGGER: Final = logging.getLogger("nightshift.worker")
 
 
@@ -93,7 +96,7 @@ class WorkerLog:
         handler.setFormatter(logging.Formatter(_FORMAT))
         handler.addFilter(self._add_where)
         logging.captureWarnings(True)
-        for logger in (LOGGER, logging.getLogger("py.warnings")):
+        for logger in (LOGGER, *map(logging.getLogger, _LIBRARIES)):
             logger.addHandler(handler)
             logger.propagate = False
         if not isinstance(self._folder, LocalFolder):

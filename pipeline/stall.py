@@ -116,9 +116,10 @@ def end_process(pid: int, started: float) -> bool:
         if abs(process.create_time() - started) > 1:
             return False
         process.send_signal(signal.SIGUSR2)
-        with contextlib.suppress(psutil.TimeoutExpired):
-            process.wait(_LAST_WORDS_S)
-        process.kill()
     except psutil.NoSuchProcess:
         return False
+    with contextlib.suppress(psutil.TimeoutExpired):
+        process.wait(_LAST_WORDS_S)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
     return True

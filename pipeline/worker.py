@@ -11,6 +11,7 @@ import gc
 import math
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -236,13 +237,15 @@ class Labeller:
         self.predictor = Predictor(model, device=device, precision=task.precision, top_k=task.top_k)
         self._watch = watch
         self._turn = threading.Lock()
-        self._most_at_once = task.batch_size
+        self._most_at_once = sys.maxsize
         self._ready_at = time.time()
         self._looked_at = -math.inf
 
     def label(self, shard: Shard, batches: Iterable[DecodedBatch], attempt: Attempt = UNRECORDED) -> Done:
         """Predict and commit; raises DroppedShard where the run may not publish any more."""
         began = time.monotonic()
+        if attempt.care.is_needed:
+            self._warm_up()
         tables: list[pa.Table] = []
         failures: list[tuple[str, str]] = []
         position = 0
@@ -267,6 +270,12 @@ class Labeller:
             seconds=time.monotonic() - began,
             deaths=attempt.care.deaths,
         )
+
+    def _warm_up(self) -> None:
+        """Have done what only a model's first batch takes time for, before any image could be blamed for it."""
+        limit_s = self.task.timeout_s * _BATCH_ALLOWANCE
+        with self._turn, self._watch(limit_s, f"the model did not take a black image within {limit_s:g} s", None):
+            self.predictor(torch.zeros((1, 3, self.task.preset.crop, self.task.preset.crop), dtype=torch.uint8))
 
     def _check_fence(self) -> None:
         if not self.task.fence.is_open:

@@ -1,4 +1,4 @@
-"""A worker's record tells what it died of, to its successor and to the driver, and leads to the image in bounded steps."""
+"""A worker's record tells what it died of, and leads its successors to the image in a bounded number of steps."""
 
 from __future__ import annotations
 
