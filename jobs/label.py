@@ -144,7 +144,9 @@ def _describe_toll(invocation: dict[str, Any]) -> list[str]:
     replaced, careful = invocation.get("workers_replaced", 0), invocation.get("shards_done_with_care", {})
     if not replaced and not careful:
         return []
-    return [f"workers that died and were replaced: {replaced:,}; shards that were then done with care: {len(careful):,}"]
+    return [
+        f"workers that died and were replaced: {replaced:,}; shards that were then done with care: {len(careful):,}"
+    ]
 
 
 def main(arguments: list[str]) -> int:
