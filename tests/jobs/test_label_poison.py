@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,18 +45,26 @@ DECODER_KILLS, DECODER_HANGS, MODEL_KILLS, MODEL_HANGS, HANGS_ONCE = 3, 6, 17, 2
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[str]:
     """The address of a Ray whose workers have the poisoned decoder, and know where images that hang once say so."""
-    import ray
     from ray.cluster_utils import Cluster
 
     marks = tmp_path_factory.mktemp("marks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(TESTS / "poisoned"))
         patch.setenv("POISON_MARK", str(marks / "hung"))
-        head = {"num_cpus": 4, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+        # With ports named, Ray does not give up when its agent takes more than 15 seconds to say which it has taken.
+        names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+        head = {"num_cpus": 4, "include_dashboard": False, **dict(zip(names, find_free_ports(len(names)), strict=True))}
         running = Cluster(initialize_head=True, connect=False, head_node_args=head)
-    assert ray.__version__
     yield running.address
     running.shutdown()
+
+
+def find_free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 @pytest.fixture(scope="module")
