@@ -43,14 +43,19 @@ DECODER_KILLS, DECODER_HANGS, MODEL_KILLS, MODEL_HANGS, HANGS_ONCE = 3, 6, 17, 2
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[str]:
-    """The address of a Ray whose workers have the poisoned decoder, and know where images that hang once say so."""
+def mark(tmp_path_factory) -> Path:
+    """The file that is there as soon as the image that hangs once has done so."""
+    return tmp_path_factory.mktemp("marks") / "hung"
+
+
+@pytest.fixture(scope="module")
+def cluster(mark) -> Iterator[str]:
+    """The address of a Ray whose workers have the poisoned decoder."""
     from ray.cluster_utils import Cluster
 
-    marks = tmp_path_factory.mktemp("marks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(TESTS / "poisoned"))
-        patch.setenv("POISON_MARK", str(marks / "hung"))
+        patch.setenv("POISON_MARK", str(mark))
         # With ports named, Ray does not give up when its agent takes more than 15 seconds to say which it has taken.
         names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
         head = {"num_cpus": 4, "include_dashboard": False, **dict(zip(names, find_free_ports(len(names)), strict=True))}
@@ -146,11 +151,9 @@ def _stay_here(monkeypatch):
 
 def test_images_that_kill_or_hang_workers_become_rows_and_all_others_are_labelled(cluster, poisoned, tmp_path):
     flags = ["--num-workers", "2", "--batch-size", "4", "--timeout-per-image", str(TIMEOUT_S)]
-    mark = tmp_path / "unused"
     account = finish(
         start(cluster, [str(Path(poisoned[0]).parent)], tmp_path / "out", *flags, "--model", "poison:make")
     )
-    assert not mark.exists()
     check_labels(
         tmp_path / "out",
         poisoned,
@@ -183,11 +186,12 @@ def test_images_that_kill_workers_become_rows_where_decoding_is_done_apart(clust
     )
 
 
-def test_shard_that_hangs_once_is_named_and_done_elsewhere(cluster, poisoned, tmp_path):
+def test_shard_that_hangs_once_is_named_and_done_elsewhere(cluster, poisoned, mark, tmp_path):
     """The watchdog would take a minute to find it; the driver sees that the other shards took no second."""
     inputs = [
         path for n, path in enumerate(poisoned) if n not in (DECODER_KILLS, DECODER_HANGS, MODEL_KILLS, MODEL_HANGS)
     ]
+    mark.unlink(missing_ok=True)
     flags = ["--num-workers", "2", "--batch-size", "4", "--model", "poison:make", "--timeout-per-image", "600"]
     account = finish(start(cluster, inputs, tmp_path / "out", *flags, **{LEAST_VARIABLE: "4"}))
     check_labels(tmp_path / "out", inputs, failed={})
@@ -231,7 +235,7 @@ def test_workers_that_are_killed_again_and_again_lose_and_double_nothing(cluster
     kill(find_workers())
     for _ in range(3):
         wait_for(lambda: one in find_workers() or command.poll() is not None)
-        kill({one: find_workers()[one]})
+        kill({worker: pid for worker, pid in find_workers().items() if worker == one})
     account = finish(command)
     check_labels(tmp_path / "out", images, failed={})
     assert account["invocations"][0]["workers_replaced"] >= 5
