@@ -10,12 +10,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
 import tyro
 import yaml
 
+from jobs.interrupt import handle_interrupts
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.secrets import mask
 
@@ -64,7 +64,7 @@ def to_arguments(config: Any) -> list[str]:
 
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Call a command's `main`, say in one place what went wrong, and return the exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    handle_interrupts()
     try:
         return main(arguments)
     except BrokenPipeError:  # the reader of our output, `head` perhaps, has seen enough
@@ -91,10 +91,6 @@ def leave(code: int) -> NoReturn:
         atexit._run_exitfuncs()  # Ray's among them, which ends what it has started
         os._exit(code)
     sys.exit(code)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
 
 
 def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:

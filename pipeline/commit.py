@@ -49,22 +49,34 @@ class Counts:
         self.labelled += other.labelled
         self.failed.update(other.failed)
 
+    def subtract(self, other: Counts) -> None:
+        self.labelled -= other.labelled
+        self.failed -= other.failed
 
-def commit_part(folder: Folder, shard: Shard, rows: pa.Table, *, run_hash: str) -> Counts:
-    """Publish the rows of a shard; they must be all of its images, each once, in the order of the plan."""
+
+def commit_part(folder: Folder, shard: Shard, rows: pa.Table, *, run_hash: str, redo: str | None = None) -> Counts:
+    """Publish the rows of a shard; they must be all of its images, each once, in the order of the plan.
+
+    `redo` marks a part in which failed rows were done again with the token of the invocation that did so.
+    """
     if rows.num_rows != shard.num_images:
         raise ValueError(
             f"shard {shard.index} has {shard.num_images} images, but {rows.num_rows} rows were to be committed"
         )
-    counts = _count(rows)
+    counts = count_rows(rows)
     metadata = {
         schema.META_SCHEMA: schema.PREDICTIONS_NAME.encode(),
         schema.META_RUN_HASH: run_hash.encode(),
         schema.META_COUNTS: json.dumps({"labelled": counts.labelled, "failed": counts.failed}).encode(),
+        **({schema.META_REDO: redo.encode()} if redo else {}),
     }
     with folder.open_write(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hash)}") as file:
         pq.write_table(
-            rows.replace_schema_metadata(metadata), file, compression="zstd", row_group_size=schema.MAX_ROW_GROUP_ROWS
+            rows.replace_schema_metadata(metadata),
+            file,
+            compression="zstd",
+            row_group_size=schema.MAX_ROW_GROUP_ROWS,
+            write_page_checksum=True,  # zstd would give back other values for some flipped bits
         )
     return counts
 
@@ -72,6 +84,11 @@ def commit_part(folder: Folder, shard: Shard, rows: pa.Table, *, run_hash: str) 
 def part_name(shard_index: int, run_hash: str) -> str:
     """The name that the part of a shard has in a run."""
     return f"part-{shard_index:06d}-{run_hash}.parquet"
+
+
+def part_path(shard: Shard, run_hashes: Sequence[str]) -> str:
+    """Where the part of a shard is in the folder of a run."""
+    return f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hashes[shard.segment])}"
 
 
 def find_committed(folder: Folder, shards: Iterable[Shard], *, run_hashes: Sequence[str]) -> dict[int, Counts]:
@@ -82,7 +99,7 @@ def find_committed(folder: Folder, shards: Iterable[Shard], *, run_hashes: Seque
         counts = list(threads.map(lambda shard: _read_counts(folder, shard, run_hashes[shard.segment]), candidates))
     for shard, found in zip(candidates, counts, strict=True):
         if found is None:
-            folder.delete(f"{PREDICTIONS_DIR}/{part_name(shard.index, run_hashes[shard.segment])}")
+            folder.delete(part_path(shard, run_hashes))
     return {shard.index: found for shard, found in zip(candidates, counts, strict=True) if found is not None}
 
 
@@ -99,7 +116,8 @@ def sweep_foreign(folder: Folder, *, run_hashes: Collection[str]) -> int:
     return len(foreign)
 
 
-def _count(rows: pa.Table) -> Counts:
+def count_rows(rows: pa.Table) -> Counts:
+    """How the images of these rows ended."""
     errors = rows.column("error").drop_null().to_pylist()
     failed = Counter(error.split(":", 1)[0] for error in errors)
     return Counts(rows.num_rows - len(errors), failed)

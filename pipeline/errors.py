@@ -65,6 +65,18 @@ class StorageError(PipelineError):
     """A file system or object store refuses after all retries, so that nobody can tell what it holds."""
 
 
+class DamagedRunError(PipelineError):
+    """Parts of a run are damaged or missing: it is not finished any more, and the same command does them again."""
+
+
+class LeaseLostError(PipelineError):
+    """Another run took the output folder over, since this one gave no sign of life: it must not write there."""
+
+
+class TooManyFailuresError(PipelineError):
+    """So many images fail that the run cannot become a success, or something else than the images is broken."""
+
+
 class WorkerError(PipelineError):
     """Workers cannot start, or fail for a reason that lies in no single image."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -11,9 +11,11 @@ from itertools import islice
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.decode import Exif, decode
+from pipeline.decode import Exif
 from pipeline.errors import DecodeError, ReadError
 from pipeline.fetch import Fetch, Fetcher
+from pipeline.log import at
+from pipeline.pixels import OpenContent, Opening
 from pipeline.presets import Preset
 from pipeline.sources import ListedImage
 
@@ -45,19 +47,26 @@ class ImageOpener:
 
     def __init__(self, fetcher: Fetcher, preset: Preset, *, exif: Exif, max_pixels: int, num_threads: int) -> None:
         self.preset = preset
+        self.opening = Opening(preset=preset, exif=exif, max_pixels=max_pixels)
+        self.num_threads = num_threads
         self._fetcher = fetcher
-        self._exif = exif
-        self._max_pixels = max_pixels
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
-    def open_images(self, images: Iterable[ListedImage], *, ahead: int) -> Opened:
-        """Each image, in its order; up to `ahead` of them are open before it is their turn."""
+    def open_images(
+        self, images: Iterable[ListedImage], *, ahead: int, open_content: OpenContent | None = None
+    ) -> Opened:
+        """Each image, in its order; up to `ahead` of them are open before it is their turn.
+
+        `open_content` stands in for the opener's own way from a file's bytes to pixels, and gives the same ones.
+        """
+        open_content = open_content or self.opening
         fetches = self._fetcher.fetch(images)
         opened: deque[Future[tuple[ImageRow, Tensor | None]]] = deque()
         window = 1 + ahead
         try:
             while True:
-                opened += [self._threads.submit(self._open, *fetch) for fetch in islice(fetches, window - len(opened))]
+                begun = islice(fetches, window - len(opened))
+                opened += [self._threads.submit(self._open, *fetch, open_content) for fetch in begun]
                 if not opened:
                     return
                 yield opened.popleft().result()
@@ -65,17 +74,26 @@ class ImageOpener:
             for future in opened:
                 future.cancel()
 
-    def _open(self, image: ListedImage, fetch: Fetch) -> tuple[ImageRow, Tensor | None]:
+    def open_chunks(
+        self, images: Iterable[ListedImage], sizes: Iterable[int], *, open_content: OpenContent
+    ) -> Iterator[list[tuple[ImageRow, Tensor | None]]]:
+        """The images in chunks of those sizes, of which none is begun before it is asked for."""
+        fetches = self._fetcher.fetch(images)
+        for size in sizes:
+            begun = [self._threads.submit(self._open, *fetch, open_content) for fetch in islice(fetches, size)]
+            yield [future.result() for future in begun]
+
+    def _open(self, image: ListedImage, fetch: Fetch, open_content: OpenContent) -> tuple[ImageRow, Tensor | None]:
         row = ImageRow(image.uri, image.target)
         if image.error is not None:
             row.fail("list", image.error)
             return row, None
         try:
-            content, row.attempts = fetch()
-            row.size_bytes = len(content)
-            picture = decode(content, exif=self._exif, max_pixels=self._max_pixels)
-            row.width, row.height = picture.size
-            return row, self.preset.exact(picture)
+            with at(uri=image.uri):
+                content, row.attempts = fetch()
+                row.size_bytes = len(content)
+                (row.width, row.height), pixels = open_content(content)
+            return row, pixels
         except ReadError as error:
             row.attempts = error.attempts
             row.fail("read", str(error))

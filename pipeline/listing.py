@@ -71,6 +71,11 @@ class Inputs:
             raise _nothing_found(self.given, self.skipped)
 
     @property
+    def uris(self) -> list[str]:
+        """Where the inputs are: of a pattern, the folder that it begins in."""
+        return [source.uri for source in self._sources]
+
+    @property
     def trees(self) -> list[TreeSource]:
         """The folders among the inputs."""
         return [source for source in self._sources if isinstance(source, TreeSource)]

@@ -46,6 +46,7 @@ MAX_SPLIT_IMAGES: Final = 2048
 _WANTED_SHARDS: Final = 512
 # A shard of a usual size lies within one row group, so reading one does not decode another's rows.
 _ROWS_PER_GROUP: Final = MAX_SHARD_SIZE
+_SAMPLED_SHARDS: Final = 32
 # Small enough that a footer is read in a millisecond.
 ROWS_PER_FILE: Final = 256 * _ROWS_PER_GROUP
 
@@ -275,6 +276,11 @@ def read_seal(folder: Folder, *, job: str, format: int) -> dict[str, Any] | None
         fields: dict[str, Any] = json.loads(folder.read(SEAL))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise OutputError(
+            f"the plan in {folder.locate()!r} is damaged ({error}), and without it nobody can tell what its parts "
+            f"are of; delete the folder, or name another output"
+        ) from error
     if (found := fields.get("job", "label")) != job:
         raise OutputError(f"{folder.locate()!r} holds a run of `nightshift {found}`; name another output")
     if (found := fields.get("format")) != format:
@@ -299,16 +305,37 @@ def read_shards(folder: Folder, plan: Plan) -> list[Shard]:
 
 def read_images(folder: Folder, shard: Shard) -> list[ListedImage]:
     """The images of one shard, in the order of the plan; raises OutputError where the plan was replaced by another."""
-    images: list[ListedImage] = []
-    while len(images) < shard.num_images:
-        number, row = divmod(shard.first + len(images), ROWS_PER_FILE)
+    return [
+        ListedImage(*row)
+        for rows in _read_rows(folder, shard)
+        for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)
+    ]
+
+
+def read_shard_uris(folder: Folder, shard: Shard) -> pa.ChunkedArray:
+    """The URIs of the images of one shard, in the order of the plan."""
+    return pa.concat_tables(_read_rows(folder, shard, columns=["uri"])).column("uri")
+
+
+def sample_uris(folder: Folder, shards: list[Shard]) -> list[str]:
+    """The first image of some of the shards, far apart."""
+    return [
+        read_shard_uris(folder, replace(shard, num_images=1))[0].as_py()
+        for shard in islice(stride_order(shards), _SAMPLED_SHARDS)
+    ]
+
+
+def _read_rows(folder: Folder, shard: Shard, *, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    num_read = 0
+    while num_read < shard.num_images:
+        number, row = divmod(shard.first + num_read, ROWS_PER_FILE)
         group, offset = divmod(row, _ROWS_PER_GROUP)
         with folder.open_read(_images_name(shard.segment, number)) as source, pq.ParquetFile(source) as file:
-            rows = file.read_row_group(group).slice(offset, shard.num_images - len(images))
+            rows = file.read_row_group(group, columns).slice(offset, shard.num_images - num_read)
         if not rows.num_rows:  # a left-over worker of a run that was overwritten must not search for ever
-            raise OutputError(f"the plan in {folder.locate()!r} has no image {shard.first + len(images):,} any more")
-        images += map(ListedImage, *(column.to_pylist() for column in rows.columns))
-    return images
+            raise OutputError(f"the plan in {folder.locate()!r} has no image {shard.first + num_read:,} any more")
+        num_read += rows.num_rows
+        yield rows
 
 
 def read_uris(folder: Folder, plan: Plan) -> Iterator[str]:

@@ -22,6 +22,24 @@ FAKE_GPUS: Final = "NIGHTSHIFT_FAKE_GPUS"
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# How the allocators of PyTorch 2.11 to 2.15, for the CPU and CUDA, and the libraries below say it.
+_OUT_OF_MEMORY: Final = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+_DEVICE_LOST: Final = (
+    "CUDA error:",
+    "device-side assert",
+    "illegal memory access",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+    "CUBLAS_STATUS_EXECUTION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+)
+
 
 class TopK(NamedTuple):
     """The best k classes of B images, best first."""
@@ -52,6 +70,23 @@ class Predictor:
             label_ids = logits.topk(self.top_k, dim=1).indices
             scores = logits.softmax(dim=1).gather(1, label_ids)
             return TopK(scores.cpu().numpy(), label_ids.to(torch.int32).cpu().numpy())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, on whatever device, could not have the memory it asked for: fewer images at once may do."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
+    )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether CUDA answers this process with errors from now on, whatever it is asked."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _DEVICE_LOST)
+    )
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -15,21 +15,26 @@ import os
 import platform
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from pipeline.commit import Counts, sweep_foreign
-from pipeline.errors import InterruptedRunError, OutputError
-from pipeline.lease import HEARTBEAT_S, HeldLease
+from pipeline.errors import (
+    InterruptedRunError,
+    LeaseLostError,
+    OutputError,
+    StorageError,
+    TooManyFailuresError,
+    WorkerError,
+)
+from pipeline.lease import HeldLease
 from pipeline.plan import PLAN_DIR, Plan
-from pipeline.secrets import mask
 from pipeline.storage import (
     Folder,
     LocalFolder,
@@ -41,6 +46,7 @@ from pipeline.storage import (
     retry,
     split_key,
 )
+from pipeline.toll import Toll
 
 RUN: Final = "run.json"
 SUCCESS: Final = "_SUCCESS"
@@ -51,6 +57,11 @@ SCRATCH_DIR: Final = f"{STATE_DIR}/tmp"
 DRIVER_LOG: Final = f"{STATE_DIR}/logs/driver.log"
 REFRESH_S: Final = 30
 FIRST_RETRIES: Final = 2
+# Something else than the images is broken when more than this share of so many of them fails, from so many shards.
+HOPELESS_RATE: Final = 0.5
+HOPELESS_IMAGES: Final = 1_000
+HOPELESS_SHARDS: Final = 16
+_SHOWN_ERRORS: Final = 5
 
 State = Literal["running", "done", "stopped", "failed", "too many failures"]
 Settings = dict[str, Any]
@@ -92,6 +103,23 @@ def _check_reachable(folder: Folder, output: str) -> None:
         raise OutputError(f"cannot use output {output!r}: {': '.join(describe(error))}") from error
     if not has_bucket:
         raise OutputError(f"cannot use output {output!r}: there is no {bucket}")
+
+
+@contextlib.contextmanager
+def explain_folder(folder: Folder) -> Iterator[None]:
+    """Turn an error of the file system or store that `folder` lies in into a StorageError that says so."""
+    try:
+        yield
+    except OSError as error:
+        is_local = isinstance(folder, LocalFolder)
+        if is_local and not str(error.filename or "").startswith(folder.locate()):
+            raise  # of some other file, and it says which
+        kind, message = describe(error)
+        reason = message if error.errno is not None else f"{kind}: {message}"
+        raise StorageError(
+            f"cannot use output {folder.locate()!r}: {reason}; what is committed is kept, and once the cause is "
+            f"removed, the same command goes on"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -210,6 +238,10 @@ class Account:
         """What an interrupt leaves, for the user."""
         raise NotImplementedError
 
+    def describe_kept(self) -> str | None:
+        """What a failed run leaves, for the user."""
+        return None
+
     def _describe(self, invocations: list[dict[str, Any]]) -> dict[str, Any]:
         """What there is to say of this kind of run."""
         raise NotImplementedError
@@ -229,34 +261,101 @@ class LabelAccount(Account):
 
     job = "label"
 
-    def __init__(self, folder: Folder, plan: Plan, committed: dict[int, Counts], *, started: float) -> None:
-        """Start from what earlier invocations have committed."""
+    def __init__(
+        self,
+        folder: Folder,
+        plan: Plan,
+        committed: dict[int, Counts],
+        *,
+        started: float,
+        redo: Mapping[int, int] | None = None,
+    ) -> None:
+        """Start from what earlier invocations have committed; `redo` says how many rows of which are done again."""
         super().__init__(folder, plan.run_id, given=plan.given, resolved=plan.resolved, started=started)
         self.plan = plan
+        self.toll = Toll()
         self.counts = Counts()
         for counts in committed.values():
             self.counts.add(counts)
         self.max_in_work = 0
         """How many images workers may be at work on at once."""
-        self._num_before = self.counts.num_images
+        self.num_new = 0
+        """Images finished by this invocation, those that were done again among them."""
+        self.num_redone = 0
+        """Images that were done again."""
+        self.redo = dict(redo or {})
+        self.num_todo = plan.num_images - self.counts.num_images + sum(self.redo.values())
+        """Images that this invocation sets out to do."""
+        self._before_redo = {shard: committed[shard] for shard in self.redo}
+        self._new = Counts()
+        self._num_new_shards = 0
         self._ready_at: float | None = None
         self._last_part_at: float | None = None
 
-    def add(self, counts: Counts, *, ready_at: float, finished_at: float) -> None:
-        """Count a part that was just committed, by a worker that was ready at that time."""
+    def add(self, shard: int, counts: Counts, *, ready_at: float, finished_at: float) -> int:
+        """Count a part that was just committed, by a worker that was ready at that time; says how many were new."""
         with self._guard:
+            before = self._before_redo.get(shard, Counts())
+            num_new = self.redo.get(shard, counts.num_images)
+            self.num_redone += self.redo.get(shard, 0)
+            self.counts.subtract(before)
             self.counts.add(counts)
+            self.num_new += num_new
+            if shard not in self.redo:
+                self._new.add(counts)
+                self._num_new_shards += 1
             self._ready_at = min(ready_at, self._ready_at or ready_at)
             self._last_part_at = max(finished_at, self._last_part_at or finished_at)
-
-    @property
-    def num_new(self) -> int:
-        """Images finished by this invocation."""
-        return self.counts.num_images - self._num_before
+            return num_new
 
     @property
     def failure_rate(self) -> float:
         return self.counts.num_failed / max(self.plan.num_images, 1)
+
+    def check_failures(self, limit: float) -> None:
+        """Raise TooManyFailuresError where an unfinished run cannot become a success any more, or burns a night.
+
+        Nothing is known of images that are done again before all of them are done.
+        """
+        if self.redo or self.counts.num_images == self.plan.num_images:
+            return
+        failed = self.counts.num_failed
+        if failed > limit * self.plan.num_images:
+            raise TooManyFailuresError(
+                self._describe_failures(
+                    f"{failed:,} of {self.counts.num_images:,} images failed, and --max-failure-rate {limit:g} allows "
+                    f"no more than {int(limit * self.plan.num_images):,} of all {self.plan.num_images:,}",
+                    self.counts,
+                )
+            )
+        new, failed = self._new.num_images, self._new.num_failed
+        if (
+            new >= HOPELESS_IMAGES
+            and self._num_new_shards >= HOPELESS_SHARDS
+            and failed > max(HOPELESS_RATE, limit) * new
+        ):
+            raise TooManyFailuresError(
+                self._describe_failures(
+                    f"{failed:,} of the first {new:,} images failed: more than images are to blame for", self._new
+                )
+            )
+
+    def _describe_failures(self, reason: str, counts: Counts) -> str:
+        return "\n".join(
+            [
+                f"ended early: {reason}",
+                *(f"{count:>9,}  {kind}" for kind, count in counts.failed.most_common(_SHOWN_ERRORS)),
+                "what is done is kept: the same command goes on, with a higher limit or once the cause is removed; "
+                "--retry-failed does the failed ones again",
+            ]
+        )
+
+    def describe_kept(self) -> str:
+        """What there is, for a user whose run has failed."""
+        return (
+            f"{self.counts.num_images:,} of {self.plan.num_images:,} images are done and kept; "
+            f"once the cause is removed, the same command goes on"
+        )
 
     def describe_stop(self) -> str:
         done, listed = self.counts.num_images, self.plan.num_images
@@ -295,28 +394,26 @@ class LabelAccount(Account):
         return {
             **super()._describe_invocation(),
             "images": self.num_new,
+            **({"images_redone": self.num_redone} if self.redo else {}),
             "active_seconds": round(active_s, 3),
+            **self.toll.describe(),
         }
 
 
 @contextlib.contextmanager
 def keep_account(account: Account, lease: HeldLease) -> Iterator[None]:
-    """Renew the lease and refresh run.json while the block lasts; however it ends early, run.json says so."""
+    """Refresh run.json while the block lasts; however it ends early, run.json says so, and the workers are told.
+
+    What ends the block matters more than that run.json cannot be written: that goes into the log.
+    """
     account.write("running")
     ended = threading.Event()
 
-    def beat() -> None:
-        beats = 0
-        while not ended.wait(HEARTBEAT_S):
-            beats += 1
-            try:
-                lease.renew()
-                if beats % (REFRESH_S // HEARTBEAT_S) == 0:
-                    account.write()
-            except OSError:  # a full disk now may have room at the next beat; the workers tell what they cannot write
-                print(mask(traceback.format_exc()), file=sys.stderr)
+    def refresh() -> None:
+        while not ended.wait(REFRESH_S):
+            _write_account(account, lease, None)
 
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread = threading.Thread(target=refresh, name="account", daemon=True)
     thread.start()
     state: State = "failed"
     try:
@@ -328,12 +425,25 @@ def keep_account(account: Account, lease: HeldLease) -> Iterator[None]:
             account.describe_stop(),
             signal=interrupt.args[0] if interrupt.args else signal.SIGINT,
         ) from None
+    except WorkerError as error:
+        with contextlib.suppress(OSError):
+            lease.confirm()  # else that is the reason
+        if kept := account.describe_kept():
+            raise WorkerError(f"{error}; {kept}") from error
+        raise
     finally:
         ended.set()
-        thread.join()
         if state != "running":
             lease.stop()
+        _write_account(account, lease, state)
+
+
+def _write_account(account: Account, lease: HeldLease, state: State | None) -> None:
+    try:
+        lease.confirm()
         account.write(state)
+    except (OSError, LeaseLostError):
+        traceback.print_exc()
 
 
 def _describe_model(resolved: Settings) -> dict[str, Any]:
@@ -346,7 +456,9 @@ def _read_invocations(folder: Folder, run_id: str) -> list[dict[str, Any]]:
         account = json.loads(folder.read(RUN))
     except (FileNotFoundError, ValueError):
         return []
-    return list(account["invocations"]) if account.get("run_id") == run_id else []
+    invocations = list(account["invocations"]) if account.get("run_id") == run_id else []
+    # It cannot have said so itself, and whoever reads this holds the lease now.
+    return [{**one, "state": "killed"} if one["state"] == "running" else one for one in invocations]
 
 
 def _find_version(name: str) -> str | None:

@@ -75,6 +75,7 @@ PREDICTIONS_NAME: Final = "nightshift.predictions/1"
 META_SCHEMA: Final = b"nightshift.schema"
 META_RUN_HASH: Final = b"nightshift.run_hash"
 META_COUNTS: Final = b"nightshift.counts"  # JSON: {"labelled": int, "failed": {error type: int}}
+META_REDO: Final = b"nightshift.redo"  # token of the invocation that did its failed rows again, where one did
 
 MAX_ERROR_CHARS: Final = 500
 MAX_ROW_GROUP_ROWS: Final = 122_880

@@ -110,7 +110,8 @@ def open_terminal(log: Path, *, is_quiet: bool) -> Iterator[Progress]:
         try:
             yield progress
         except BaseException:
-            with open(log, "a", encoding="utf-8") as file:
+            # On a full disk there is no room for it, and the reason itself matters more.
+            with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
                 file.write(mask(traceback.format_exc()))
             raise
 

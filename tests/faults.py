@@ -64,6 +64,10 @@ class FaultyProxy:
         self._server.shutdown()
         self._server.server_close()
 
+    def heal(self) -> None:
+        """Forget all rules."""
+        self._rules.clear()
+
     def paths(self, method: str | None = None) -> list[str]:
         """What was asked for, in order."""
         return [request.path for request in self.requests if method in (None, request.method)]

@@ -111,8 +111,11 @@ class LocalFolder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                # A full disk is noticed by a write, which does not say where.
+                raise OSError(error.errno, os.strerror(error.errno), str(self.root)) from error
             raise
         self._sync_directory(target.parent)
 

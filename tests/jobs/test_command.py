@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -107,40 +108,63 @@ def test_run_prints_one_document_and_none_of_rays_chatter(nightshift, make_image
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_stops_cleanly_and_is_continued(number, exit_code, nightshift, tiny_model_dir, tmp_path):
-    """Images that take a while each, so that the signal comes in the middle of the work."""
+    """Images that take a while each, so that the signal comes in the middle of the work; and for one of them, twice."""
     images = tmp_path / "images"
     images.mkdir()
     noise = Image.effect_noise((3000, 2500), 50).convert("RGB")
     noise.save(images / "00.png", compress_level=0)
-    for index in range(1, 24):
+    for index in range(1, 36):
         os.link(images / "00.png", images / f"{index:02}.png")
     command = ("label", "images", "-o", "out", "--model", tiny_model_dir, "--shard-size", "2", "--num-workers", "1")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs", *command],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     predictions = tmp_path / "out/predictions"
-    while not predictions.exists() or len(list(predictions.iterdir())) < 4:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)  # a file of another process: there is no event to wait for
-    process.send_signal(number)
+
+    def start_until(num_parts: int) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs", *command],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        while not predictions.exists() or len(list(predictions.iterdir())) < num_parts:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)  # a file of another process: there is no event to wait for
+        return process
+
+    process = start_until(4)
+    # A terminal sends Ctrl-C to all that it has started, `kill` sends a signal to one process.
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     began = time.monotonic()
     output, errors = process.communicate(timeout=60)
     assert time.monotonic() - began < 10
     assert process.returncode == exit_code
     assert output == ""
     assert "images are done and kept" in errors
+    assert "that were in work will be redone" in errors
     assert "the same command continues" in errors
     assert "Traceback" not in errors
     stopped = json.loads((tmp_path / "out/run.json").read_text())
     assert stopped["state"] == "stopped"
-    assert 0 < stopped["counts"]["labelled"] < 24
+    assert 0 < stopped["counts"]["labelled"] < 36
     assert not Path(tmp_path, "out/_SUCCESS").exists()
+
+    if number == signal.SIGINT:
+        process = start_until(len(list(predictions.iterdir())) + 2)
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in one.name() for one in started)
+        os.killpg(process.pid, signal.SIGINT)
+        while json.loads((tmp_path / "out/_nightshift/lease").read_text())["state"] == "running":
+            time.sleep(0.02)  # the first one has been heard
+        os.killpg(process.pid, signal.SIGINT)
+        began = time.monotonic()
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        _, alive = psutil.wait_procs(started, timeout=2)
+        assert alive == []
+        assert time.monotonic() - began < 3
 
     done = nightshift(*command)
     assert done.returncode == 0, done.stderr
     uris = pq.read_table(predictions)["uri"].to_pylist()
-    assert len(uris) == len(set(uris)) == 24
+    assert len(uris) == len(set(uris)) == 36

@@ -13,24 +13,11 @@ import torch
 from pipeline.dispatch import _decoder_resources, _forget_frames, _pack_pixels, _unpack_pixels, _worker_resources
 from pipeline.errors import WorkerError
 from pipeline.images import ImageRow
-from pipeline.plan import Shard
+from pipeline.process import Failed
 from pipeline.scaling import Scaling
 from pipeline.worker import DecodedBatch
 
 SIDE = 4
-
-
-class FakeDecoder:
-    """Hands out batches as the decoder of a worker would."""
-
-    def __init__(self, *batches: DecodedBatch) -> None:
-        self.batches = batches
-        self.task = self
-        self.preset = self
-        self.crop = SIDE
-
-    def decode(self, shard: Shard):
-        yield from self.batches
 
 
 def make_batch(*are_decoded: bool, first: int = 0) -> DecodedBatch:
@@ -53,8 +40,7 @@ def make_batch(*are_decoded: bool, first: int = 0) -> DecodedBatch:
 )
 def test_shard_between_operators_is_what_was_decoded_however_few_images_could_be(batches):
     rows = [row for batch in batches for row in batch.rows]
-    shard = Shard(3, 0, len(rows))
-    block = _pack_pixels(shard, FakeDecoder(*batches))
+    block = _pack_pixels({}, batches, side=SIDE)
     assert all(len(column) == 1 for column in block.values())
     unpacked = list(_unpack_pixels(block, 2))
     assert [row for batch in unpacked for row in batch.rows] == rows
@@ -63,14 +49,9 @@ def test_shard_between_operators_is_what_was_decoded_however_few_images_could_be
 
 
 def test_shard_that_cannot_be_read_is_told_to_whoever_would_label_it():
-    class Broken(FakeDecoder):
-        def decode(self, shard):
-            raise OSError("the plan is gone")
-            yield
-
-    shard = Shard(3, 0, 5)
+    block = _pack_pixels({}, Failed(3, "OSError: the plan is gone"), side=SIDE)
     with pytest.raises(WorkerError, match="OSError: the plan is gone"):
-        list(_unpack_pixels(_pack_pixels(shard, Broken()), 2))
+        list(_unpack_pixels(block, 2))
 
 
 def scaling(*, cpus=1.0, gpus=0.0, decoders=2) -> Scaling:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -12,30 +13,33 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from pipeline import lease as leases
-from pipeline.errors import LeaseHeldError
-from pipeline.lease import LEASE, STALE_AFTER_S, Fence, Lease, hold_lease, read_lease
-from pipeline.storage import LocalFolder
+from pipeline.errors import LeaseHeldError, LeaseLostError
+from pipeline.lease import LEASE, STALE_AFTER_S, WATCH_S, Fence, Lease, find_machine, hold_lease, read_lease
+from pipeline.storage import LocalFolder, open_folder
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def write_lease(folder: LocalFolder, **fields) -> Lease:
-    """A lease as another run would have left it: by default this process's own, and live."""
+    """A lease as another run would have left it: by default that of a process here which is live."""
+    holder = psutil.Process(os.getppid())
     own = {
         "token": "0123456789abcdef",
         "epoch": 7,
         "state": "running",
         "heartbeat": time.time(),
         "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
+        "pid": holder.pid,
+        "started": holder.create_time(),
         "since": time.time(),
+        "machine": find_machine(),
     }
     lease = Lease(**own | fields)
     folder.put(LEASE, json.dumps(dataclasses.asdict(lease)).encode())
@@ -140,22 +144,124 @@ def test_live_process_holds_its_lease_without_a_heartbeat(folder):
     assert_refused(folder)
 
 
+def test_lease_that_a_full_disk_did_not_let_go_is_not_in_the_way_of_the_same_process(folder):
+    write_lease(folder, pid=os.getpid(), started=psutil.Process().create_time())
+    with hold_lease(folder) as lease:
+        assert lease.fence.is_open
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"token": "0123456789abcdef"}', b'{"later": "format"}'])
+def test_damaged_lease_holds_nobody_up_and_lets_nobody_publish(folder, content):
+    folder.put(LEASE, content)
+    assert not Fence(folder, "0123456789abcdef").is_open
+    with hold_lease(folder) as lease:
+        assert lease.fence.is_open
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Holders on other machines
+
+
+class Clock:
+    """Time passes only while somebody sleeps; whatever is planned for a time happens then."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+        self.slept = 0.0
+        self.planned: dict[float, Callable[[], object]] = {}
+
+    def time(self) -> float:
+        return self.now
+
+    monotonic = time
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept += seconds
+        for at in [at for at in self.planned if at <= self.slept]:
+            self.planned.pop(at)()
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    for name in ("time", "monotonic", "sleep"):
+        monkeypatch.setattr(leases.time, name, getattr(clock, name))
+    return clock
+
+
+def write_elsewhere(folder: LocalFolder, *, age: float, **fields) -> Lease:
+    return write_lease(folder, host="elsewhere", machine="other", heartbeat=leases.time.time() - age, **fields)
+
+
 @pytest.mark.parametrize("state", ["running", "stop"])
-def test_lease_of_another_host_is_held_while_its_heart_beats(folder, state):
-    write_lease(folder, host="elsewhere", state=state, heartbeat=time.time() - STALE_AFTER_S + 30)
-    assert_refused(folder, match="on host elsewhere")
+@pytest.mark.parametrize("clock_difference_s", [0, 3600, -3600])
+def test_heartbeat_of_another_machine_is_seen_whatever_its_clock_says(folder, clock, state, clock_difference_s):
+    write_elsewhere(folder, age=5 + clock_difference_s, state=state)
+    clock.planned[5] = lambda: write_elsewhere(folder, age=clock_difference_s, state=state)
+    with pytest.raises(LeaseHeldError, match="on host elsewhere"), hold_lease(folder):
+        pass
+    assert clock.slept <= 6
 
 
-def test_lease_of_another_host_is_taken_over_when_its_heart_has_stopped(folder):
-    write_lease(folder, host="elsewhere", heartbeat=time.time() - STALE_AFTER_S - 1)
-    with hold_lease(folder):
-        assert read_lease(folder).host == socket.gethostname()
+@pytest.mark.parametrize(
+    ("age", "watch_s"),
+    [(0, STALE_AFTER_S), (60, 60), (STALE_AFTER_S - 1, WATCH_S), (3600, WATCH_S), (-3600, STALE_AFTER_S)],
+)
+def test_holder_on_another_machine_is_given_up_after_a_time_without_a_sign_of_life(folder, clock, age, watch_s):
+    lease = write_elsewhere(folder, age=age)
+    told = []
+    with hold_lease(folder, notice=told.append):
+        assert read_lease(folder).machine == find_machine()
+    assert clock.slept == pytest.approx(watch_s, abs=1)
+    assert told == [
+        f"{folder.locate()!r} is held by {lease.describe()}; if it shows no sign of life in {watch_s} s, "
+        f"it counts as dead"
+    ]
 
 
-def test_released_lease_of_another_host_can_be_taken_at_once(folder):
-    write_lease(folder, host="elsewhere", state="released")
+def test_same_pid_on_a_machine_that_was_rebooted_is_another_process(folder, clock):
+    write_lease(folder, machine="the same before it was rebooted", heartbeat=clock.now - 3600)
     with hold_lease(folder):
         pass
+
+
+def test_heartbeat_that_comes_after_the_watch_counts(folder, clock, monkeypatch):
+    """Between the watch and the look under the lock, which nobody can close on another machine."""
+    seen = write_elsewhere(folder, age=3600)
+    watch = leases._watch_holder
+
+    def watch_and_miss(*arguments):
+        silent = watch(*arguments)
+        write_elsewhere(folder, age=0, token=seen.token)
+        return silent
+
+    monkeypatch.setattr(leases, "_watch_holder", watch_and_miss)
+    with pytest.raises(LeaseHeldError), hold_lease(folder):
+        pass
+
+
+def test_lease_that_is_released_while_it_is_watched_is_taken_at_once(folder, clock):
+    write_elsewhere(folder, age=5)
+    clock.planned[3] = lambda: write_elsewhere(folder, age=0, state="released")
+    with hold_lease(folder):
+        pass
+    assert clock.slept <= 4
+
+
+def test_released_lease_of_another_machine_can_be_taken_at_once(folder, clock):
+    write_elsewhere(folder, age=0, state="released")
+    with hold_lease(folder):
+        pass
+    assert clock.slept == 0
+
+
+def test_of_two_that_start_at_once_on_a_bucket_the_first_to_write_gives_way(clock):
+    folder = open_folder("memory://lease/out", scratch="tmp")
+    clock.planned[1] = lambda: write_elsewhere(folder, age=0)
+    with pytest.raises(LeaseHeldError, match="on host elsewhere"), hold_lease(folder):
+        pass
+    assert read_lease(folder).state == "running"  # the other's
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,6 +322,57 @@ def test_renewing_writes_a_heartbeat_and_nothing_else(folder, monkeypatch):
         monkeypatch.setattr(leases.time, "time", lambda: before.heartbeat + 10)
         lease.renew()
         assert read_lease(folder) == dataclasses.replace(before, heartbeat=before.heartbeat + 10)
+
+
+def test_lease_is_renewed_while_it_is_held(folder, monkeypatch):
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.001)
+    with hold_lease(folder):
+        first = read_lease(folder).heartbeat
+        while read_lease(folder).heartbeat == first:
+            time.sleep(0.001)
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
+# After one failed write (a full disk, a shared file system that is away), a heart that stops would let another host
+# take the folder over two minutes later.
+def test_heart_beats_on_after_a_failed_write(folder, monkeypatch):
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.001)
+    failures = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))] * 2
+    put = LocalFolder.put
+
+    def fail_at_first(self, name, content):
+        if failures and threading.current_thread().name == "heartbeat":
+            raise failures.pop()
+        put(self, name, content)
+
+    monkeypatch.setattr(LocalFolder, "put", fail_at_first)
+    with hold_lease(folder):
+        first = read_lease(folder).heartbeat
+        while read_lease(folder).heartbeat == first:
+            time.sleep(0.001)
+    assert not failures
+
+
+@pytest.mark.parametrize("action", ["stop", "release"])
+def test_fence_closes_although_the_disk_is_full(folder, monkeypatch, action):
+    def fail(self, name, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with hold_lease(folder) as lease:
+        monkeypatch.setattr(LocalFolder, "put", fail)
+        getattr(lease, action)()
+        assert not lease.fence.is_open
+    monkeypatch.undo()
+    with hold_lease(folder):
+        pass
+
+
+def test_holder_learns_that_it_was_replaced(folder):
+    with hold_lease(folder) as lease:
+        lease.confirm()
+        successor = write_lease(folder)
+        with pytest.raises(LeaseLostError, match=f"taken over by another run, process {successor.pid} on host"):
+            lease.confirm()
 
 
 def test_replaced_holder_leaves_its_successors_lease_alone(folder):

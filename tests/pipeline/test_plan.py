@@ -28,8 +28,10 @@ from pipeline.plan import (
     find_shard_size,
     load_plan,
     read_images,
+    read_shard_uris,
     read_shards,
     read_uris,
+    sample_uris,
     seal_plan,
     stride_order,
     write_listing,
@@ -183,14 +185,22 @@ def test_rows_come_back_with_what_it_takes_to_read_them(folder, small_files):
     assert read_all(folder, listing) == images
 
 
+def test_uris_of_a_shard_are_those_of_its_images(folder, small_files):
+    listing = write_listing(folder, make_images(60), shard_size=7)
+    for shard in read_segment(folder, listing):
+        uris = [image.uri for image in read_images(folder, shard)]
+        assert read_shard_uris(folder, shard).to_pylist() == uris
+        assert uris[0] in sample_uris(folder, read_segment(folder, listing))
+
+
 def test_reading_a_shard_reads_only_its_own_rows(folder, small_files, monkeypatch):
     listing = write_listing(folder, make_images(60), shard_size=4)
     groups = []
 
     class SpiedFile(pq.ParquetFile):
-        def read_row_group(self, group):
+        def read_row_group(self, group, columns=None):
             groups.append(group)
-            return super().read_row_group(group)
+            return super().read_row_group(group, columns)
 
     monkeypatch.setattr(pq, "ParquetFile", SpiedFile)
     shard = read_segment(folder, listing)[7]  # images 28 to 31: group 1 of file 2
@@ -600,3 +610,10 @@ def test_memory_does_not_grow_with_the_listing(folder):
     assert listing.num_images == 120_000
     assert peak < 15e6
     assert max(arrow_bytes) - arrow_bytes[0] < 30e6
+
+
+@pytest.mark.parametrize("content", [b"", b'{"run_id": "2025', b"\0" * 500])
+def test_damaged_seal_is_refused_with_what_to_do(folder, content):
+    folder.put(plans.SEAL, content)
+    with pytest.raises(OutputError, match=r"the plan in .* is damaged .*; delete the folder, or name another output"):
+        load_plan(folder)

@@ -10,19 +10,28 @@ import platform
 import signal
 import socket
 import threading
+from collections import Counter
 
 import pytest
 
 from pipeline import run as runs
 from pipeline.commit import Counts
-from pipeline.errors import InterruptedRunError, OutputError
-from pipeline.lease import hold_lease, read_lease
+from pipeline.errors import (
+    InterruptedRunError,
+    LeaseLostError,
+    OutputError,
+    StorageError,
+    TooManyFailuresError,
+    WorkerError,
+)
+from pipeline.lease import LEASE, hold_lease, read_lease
 from pipeline.plan import Listing, Plan, load_plan, seal_plan, write_listing
 from pipeline.run import (
     RUN,
     SUCCESS,
     LabelAccount,
     clear_run,
+    explain_folder,
     find_finished,
     keep_account,
     open_log,
@@ -265,8 +274,8 @@ def test_every_change_is_named_and_lists_are_readable():
 
 
 def test_account_says_what_was_asked_and_what_came_of_it(folder, account, plan):
-    account.add(Counts(60, {"OSError": 1, "EmptyFile": 3}), ready_at=1_000_010.0, finished_at=1_000_015.0)
-    account.add(Counts(64), ready_at=1_000_012.0, finished_at=1_000_026.0)
+    account.add(0, Counts(60, Counter({"OSError": 1, "EmptyFile": 3})), ready_at=1_000_010.0, finished_at=1_000_015.0)
+    account.add(0, Counts(64), ready_at=1_000_012.0, finished_at=1_000_026.0)
     account.timings = {"plan_s": 1.23456}
     account.cluster = {"num_nodes": 1}
     written = account.write("stopped")
@@ -329,20 +338,20 @@ def test_account_without_work_has_no_throughput(account):
 
 def test_failure_rate_is_of_all_listed_images(folder, plan, account):
     assert account.failure_rate == 0
-    account.add(Counts(54, {"OSError": 10}), ready_at=1.0, finished_at=2.0)
+    account.add(0, Counts(54, Counter({"OSError": 10})), ready_at=1.0, finished_at=2.0)
     assert account.failure_rate == 10 / 200
     continued = LabelAccount(
-        folder, plan, {0: Counts(54, {"OSError": 10}), 1: Counts(34, {"EmptyFile": 30})}, started=0.0
+        folder, plan, {0: Counts(54, Counter({"OSError": 10})), 1: Counts(34, Counter({"EmptyFile": 30}))}, started=0.0
     )
     assert continued.failure_rate == 40 / 200
 
 
 def test_continued_run_counts_earlier_parts_and_only_its_own_images_as_new(folder, plan):
     first = LabelAccount(folder, plan, {}, started=1_000_000.0)
-    first.add(Counts(64), ready_at=1_000_010.0, finished_at=1_000_026.0)
+    first.add(0, Counts(64), ready_at=1_000_010.0, finished_at=1_000_026.0)
     first.write("stopped")
     second = LabelAccount(folder, plan, {0: Counts(64)}, started=2_000_000.0)
-    second.add(Counts(60, {"OSError": 4}), ready_at=2_000_010.0, finished_at=2_000_042.0)
+    second.add(0, Counts(60, Counter({"OSError": 4})), ready_at=2_000_010.0, finished_at=2_000_042.0)
     assert second.num_new == 64
     written = second.write("done")
     assert written["counts"] == {"listed": 200, "labelled": 124, "failed": 4}
@@ -398,7 +407,7 @@ def test_failed_run_says_so_and_stops_its_workers(folder, account):
 )
 def test_interrupted_run_says_what_is_done_and_what_will_be_redone(folder, account, interrupt, exit_code):
     account.max_in_work = 128
-    account.add(Counts(60, {"OSError": 4}), ready_at=1.0, finished_at=2.0)
+    account.add(0, Counts(60, Counter({"OSError": 4})), ready_at=1.0, finished_at=2.0)
     with hold_lease(folder) as lease:
         with pytest.raises(InterruptedRunError) as caught, keep_account(account, lease):
             raise interrupt
@@ -410,51 +419,141 @@ def test_interrupted_run_says_what_is_done_and_what_will_be_redone(folder, accou
 
 def test_interrupted_run_redoes_no_more_than_is_missing(folder, account):
     account.max_in_work = 128
-    account.add(Counts(190), ready_at=1.0, finished_at=2.0)
+    account.add(0, Counts(190), ready_at=1.0, finished_at=2.0)
     with hold_lease(folder) as lease:
         with pytest.raises(InterruptedRunError, match="up to 10 that"), keep_account(account, lease):
             raise KeyboardInterrupt
 
 
-class Heart:
-    """Stands in for a lease: counts its beats, the first of which fail."""
-
-    def __init__(self, *, failures: int = 0) -> None:
-        self.failures = failures
-        self.beats = 0
-        self.has_beaten = threading.Event()
-        self.is_stopped = False
-
-    def renew(self) -> None:
-        self.beats += 1
-        if self.beats <= self.failures:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.beats >= self.failures + 7:
-            self.has_beaten.set()
-
-    def stop(self) -> None:
-        self.is_stopped = True
-
-
-def test_lease_is_renewed_and_the_account_refreshed_while_the_block_lasts(account, monkeypatch):
-    monkeypatch.setattr(runs, "HEARTBEAT_S", 2**-10)
-    monkeypatch.setattr(runs, "REFRESH_S", 3 * 2**-10)
+def test_account_is_refreshed_while_the_block_lasts(folder, account, monkeypatch):
+    monkeypatch.setattr(runs, "REFRESH_S", 0.001)
+    refreshed = threading.Event()
     writes = []
     write = account.write
-    monkeypatch.setattr(account, "write", lambda *state: writes.append(state) or write(*state))
-    heart = Heart()
-    with keep_account(account, heart):
-        assert heart.has_beaten.wait(10)
-    assert writes[0] == ("running",)
-    assert writes.count(()) >= 2  # every third beat
-    assert not heart.is_stopped
-    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+    def count(state=None):
+        writes.append(state)
+        if writes.count(None) >= 2:
+            refreshed.set()
+        return write(state)
+
+    monkeypatch.setattr(account, "write", count)
+    with hold_lease(folder) as lease, keep_account(account, lease):
+        assert refreshed.wait(10)
+    assert writes[0] == "running"
+    assert account.write()["state"] == "running"
 
 
-# After one failed write (a full disk, a shared file system that is away), a heart that stops would let another host
-# take the folder over two minutes later.
-def test_heart_beats_on_after_a_failed_write(account, monkeypatch):
-    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.001)
-    heart = Heart(failures=2)
-    with keep_account(account, heart):
-        assert heart.has_beaten.wait(2)
+def test_disk_that_is_full_does_not_hide_why_the_run_has_ended(folder, account, monkeypatch):
+    write = account.write
+
+    def fail(state=None):
+        if state != "running":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(state)
+
+    monkeypatch.setattr(account, "write", fail)
+    account.add(0, Counts(64), ready_at=1.0, finished_at=2.0)
+    with hold_lease(folder) as lease, pytest.raises(WorkerError) as caught, keep_account(account, lease):
+        raise WorkerError("3 shards failed")
+    assert str(caught.value) == (
+        "3 shards failed; 64 of 200 images are done and kept; once the cause is removed, the same command goes on"
+    )
+
+
+def test_run_that_lost_its_lease_leaves_the_others_account_alone(folder, account):
+    with hold_lease(folder) as lease:
+        with pytest.raises(LeaseLostError, match="taken over by another run, process 1 on host"):
+            with keep_account(account, lease):
+                taken = json.loads(folder.read(LEASE)) | {"token": "of another", "pid": 1}
+                folder.put(LEASE, json.dumps(taken).encode())
+                folder.put(RUN, b"of another")
+                raise WorkerError("the run was stopped, or replaced by another in the same folder")
+        assert folder.read(RUN) == b"of another"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Too many failures
+
+
+def fail_all(account: LabelAccount, *, shards: int, images: int, failed: int) -> None:
+    for shard in range(shards):
+        counts = Counts(images - failed, Counter({"HTTP503": failed}))
+        account.add(shard, counts, ready_at=1.0, finished_at=2.0)
+
+
+@pytest.fixture
+def large(folder, plan) -> LabelAccount:
+    """The account of a run over a million images."""
+    segment = dataclasses.replace(plan.segments[0], num_images=1_000_000, num_shards=15_625)
+    return LabelAccount(folder, dataclasses.replace(plan, segments=(segment,)), {}, started=0.0)
+
+
+def test_run_ends_early_when_the_limit_is_certain_to_be_passed(account):
+    fail_all(account, shards=1, images=64, failed=10)
+    account.check_failures(0.05)  # 10 of 200 are just allowed
+    with pytest.raises(TooManyFailuresError) as caught:
+        account.check_failures(0.049)
+    assert str(caught.value).split("\n")[:2] == [
+        "ended early: 10 of 64 images failed, and --max-failure-rate 0.049 allows no more than 9 of all 200",
+        "       10  HTTP503",
+    ]
+    assert caught.value.exit_code == 1
+
+
+def test_complete_run_does_not_end_early(account):
+    fail_all(account, shards=4, images=50, failed=40)
+    account.check_failures(0.05)
+
+
+@pytest.mark.parametrize(
+    ("shards", "images", "failed", "is_hopeless"),
+    [(16, 64, 33, True), (16, 64, 32, False), (15, 70, 60, False), (20, 49, 49, False), (20, 50, 49, True)],
+)
+def test_run_ends_early_when_most_of_many_images_from_many_shards_fail(large, shards, images, failed, is_hopeless):
+    fail_all(large, shards=shards, images=images, failed=failed)
+    if is_hopeless:
+        with pytest.raises(TooManyFailuresError, match="more than images are to blame for"):
+            large.check_failures(0.05)
+    else:
+        large.check_failures(0.05)
+
+
+def test_user_who_expects_failures_gets_them(large):
+    fail_all(large, shards=16, images=64, failed=50)
+    large.check_failures(0.8)
+    with pytest.raises(TooManyFailuresError):
+        large.check_failures(0.7)
+
+
+def test_failures_of_an_earlier_invocation_do_not_end_this_one(folder, large):
+    earlier = {shard: Counts(0, Counter({"HTTP503": 64})) for shard in range(40)}
+    account = LabelAccount(folder, large.plan, earlier, started=0.0)
+    account.add(40, Counts(64), ready_at=1.0, finished_at=2.0)
+    account.check_failures(0.05)
+
+
+def test_rows_that_are_done_again_replace_what_they_were_counted_as(folder, plan):
+    before = {0: Counts(54, Counter({"HTTP503": 8, "EmptyFile": 2})), 1: Counts(64)}
+    account = LabelAccount(folder, plan, before, started=0.0, redo={0: 8})
+    assert account.num_todo == 200 - 128 + 8
+    account.check_failures(0)  # nothing is known before all of them are done
+    new = account.add(0, Counts(61, Counter({"HTTP503": 1, "EmptyFile": 2})), ready_at=1.0, finished_at=2.0)
+    assert (new, account.num_new, account.num_redone) == (8, 8, 8)
+    assert account.counts == Counts(125, Counter({"EmptyFile": 2, "HTTP503": 1}))
+    assert account.write()["invocations"][0]["images_redone"] == 8
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the file system says
+
+
+def test_error_of_the_outputs_file_system_says_where_and_what_to_do(folder):
+    with pytest.raises(StorageError) as caught, explain_folder(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder.locate())
+    assert str(caught.value) == (
+        f"cannot use output {folder.locate()!r}: No space left on device; what is committed is kept, and once the "
+        f"cause is removed, the same command goes on"
+    )
+    with pytest.raises(FileNotFoundError), explain_folder(folder):
+        open("/no/such/file")

@@ -12,11 +12,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline import plan as plans
 from pipeline import worker as workers
+from pipeline.attempts import Care, Journal, Step, read_records
 from pipeline.commit import PREDICTIONS_DIR
 from pipeline.lease import Fence, hold_lease
 from pipeline.models import open_model
@@ -25,7 +27,7 @@ from pipeline.run import SCRATCH_DIR
 from pipeline.sources import ListedImage, ListingOptions
 from pipeline.sources.tar import TarSource
 from pipeline.storage import LocalFolder, LocalStore
-from pipeline.worker import Decoder, DroppedShard, Labeller, Task
+from pipeline.worker import Decoder, DroppedShard, Labeller, LostDevice, Task
 
 RUN_HASH = "0123456789ab"
 UPDATE_HASH = "ba9876543210"
@@ -312,3 +314,149 @@ def test_model_uses_the_threads_of_its_share_of_the_cores(job, model):
     _, task = job
     Labeller(task, model, device="cpu", num_threads=1)
     assert torch.get_num_threads() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory, and devices that are lost
+
+
+class Cramped:
+    """A model that has memory for so many images at once."""
+
+    def __init__(self, predictor, room: int, error: Exception) -> None:
+        self.predictor, self.room, self.error, self.sizes = predictor, room, error, []
+
+    def __call__(self, pixels):
+        self.sizes.append(len(pixels))
+        if len(pixels) > self.room:
+            raise self.error
+        return self.predictor(pixels)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError("std::bad_alloc"),
+    ],
+    ids=lambda error: f"{type(error).__name__}: {error}"[:40],
+)
+def test_batch_that_does_not_fit_into_memory_is_halved_from_then_on(job, model, error):
+    _, task = job
+    task = replace(task, batch_size=10)
+    expected = read_rows(task, label(task, model, SHARD))
+    labeller = Labeller(task, model, device="cpu", num_threads=1)
+    labeller.predictor = Cramped(labeller.predictor, room=3, error=error)
+    rows = read_rows(task, labeller.label(SHARD, decode(task)))
+    assert labeller.predictor.sizes == [9, 4, 2, 2, 2, 2, 1, 2, 2, 2, 2]
+    assert [row["label_id"] for row in rows] == [row["label_id"] for row in expected]
+    assert [row["error"] for row in rows] == [row["error"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["score"] == (other["score"] and pytest.approx(other["score"], abs=1e-4))
+
+
+def test_image_for_which_there_is_no_memory_even_alone_is_a_failed_row(job, model):
+    _, task = job
+    labeller = Labeller(task, model, device="cpu", num_threads=1)
+    labeller.predictor = Cramped(labeller.predictor, room=0, error=MemoryError("no room"))
+    rows = read_rows(task, labeller.label(SHARD, decode(task)))
+    assert {(row["error_stage"], row["error"]) for row in rows if row["error_stage"] == "predict"} == {
+        ("predict", "OutOfMemory: no room")
+    }
+    assert sum(row["error_stage"] == "predict" for row in rows) == 17
+
+
+def test_other_errors_of_a_model_are_nobody_s_lack_of_memory(job, model):
+    _, task = job
+    labeller = Labeller(task, model, device="cpu", num_threads=1)
+    labeller.predictor = Cramped(labeller.predictor, room=0, error=ValueError("a bug, out of memory or not"))
+    with pytest.raises(ValueError, match="a bug"):
+        labeller.label(SHARD, decode(task))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
+    ids=str,
+)
+def test_lost_device_ends_the_attempt_and_leaves_the_batch_in_the_record(job, model, error):
+    _, task = job
+    labeller = Labeller(task, model, device="cpu", num_threads=1)
+    labeller.predictor = Cramped(labeller.predictor, room=0, error=error)
+    with Journal(task.folder, run_id="run", worker="w").attempt(0) as attempt:
+        with pytest.raises(LostDevice, match=str(error)):
+            labeller.label(SHARD, decode(task), attempt)
+        (record,) = read_records(task.folder, run_id="run")
+    assert record.entries[0].step == Step("predict", 0, 4)
+    assert record.entries[0].cause == f"DeviceError: {error}"
+    assert list_parts(task) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With care
+
+
+def read_rows(task, done):
+    table = pq.read_table(task.folder.path(f"{PREDICTIONS_DIR}/part-{done.shard:06d}-{RUN_HASH}.parquet"))
+    return table.to_pylist()
+
+
+def attempt_with(task, care: Care):
+    return Journal(task.folder, run_id="run", worker="w").attempt(0, care)
+
+
+def do_with_care(task, model, care: Care):
+    labeller = Labeller(task, model, device="cpu", num_threads=1)
+    with attempt_with(task, care) as attempt:
+        return labeller.label(SHARD, Decoder(task, num_threads=2).decode(SHARD, attempt), attempt)
+
+
+def test_shard_done_with_care_is_the_same_part(job, model):
+    _, task = job
+    plain = read_rows(task, label(task, model, SHARD))
+    done = do_with_care(task, model, Care(deaths=1, unexplained=1, singly=frozenset({0, 5, 6, 19})))
+    assert done.deaths == 1
+    for row, other in zip(read_rows(task, done), plain, strict=True):
+        assert row["score"] == (other["score"] and pytest.approx(other["score"], abs=1e-4))
+        for name in row.keys() - {"score", "predictions"}:
+            assert row[name] == other[name], name
+
+
+def test_images_that_are_given_up_are_not_touched_again(job, model, monkeypatch):
+    _, task = job
+    errors = {2: ("read", "Timeout: not read"), 7: ("predict", "WorkerCrashed: two workers died at this image")}
+    read = LocalStore.read
+    touched = []
+    monkeypatch.setattr(LocalStore, "read", lambda self, uri: touched.append(Path(uri).stem) or read(self, uri))
+    rows = read_rows(task, do_with_care(task, model, Care(deaths=4, failed=errors)))
+    assert {n: (rows[n]["error_stage"], rows[n]["error"]) for n in errors} == errors
+    assert "00002" not in touched and "00001" in touched
+    assert (rows[7]["width"], rows[2]["width"]) == (60, None)
+    assert [row["label"] is None for row in rows] == [row["error"] is not None for row in rows]
+
+
+def test_images_read_in_one_pass_are_given_up_together(tmp_path):
+    images = [ListedImage(f"tar://{n}.jpg::/{name}.tgz", unit=0) for name in "ab" for n in range(3)]
+    images.append(ListedImage("/plain.jpg"))
+    found = workers._find_unreadable(images, Care(deaths=3, failed={1: ("read", "E: x"), 6: ("predict", "E: y")}))
+    assert found == dict.fromkeys((0, 1, 2), "E: x")
+
+
+def test_record_is_at_each_batch_while_it_is_read_and_while_the_model_has_it(job, model, monkeypatch):
+    _, task = job
+    steps = []
+    enter = Journal.enter
+    monkeypatch.setattr(
+        Journal, "enter", lambda self, shard, step, *rest: steps.append(step) or enter(self, shard, step, *rest)
+    )
+    do_with_care(replace(task, batch_size=10), model, Care(deaths=1, singly=frozenset({4})))
+    chunks = [(0, 4), (4, 1), (5, 10), (15, 5)]
+    pairs = [(Step("read", *chunk), Step("predict", *chunk)) for chunk in chunks]
+    assert [step for step in steps if step] == [step for pair in pairs for step in pair]
+    assert steps[-1] is None, "whoever dies at the commit blames no image"

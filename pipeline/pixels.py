@@ -1,0 +1,31 @@
+"""Bytes of an image file → the pixels that a model sees: decode, then the preset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.decode import Exif, decode
+from pipeline.presets import Preset
+
+Size = tuple[int, int]
+"""Width and height of the picture as it was decoded."""
+
+OpenContent = Callable[[bytes], tuple[Size, Tensor]]
+"""Gives the size of the picture and (3, crop, crop) uint8; raises DecodeError."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opening:
+    """How the files of a run become pixels, wherever that is done."""
+
+    preset: Preset
+    exif: Exif
+    max_pixels: int
+
+    def __call__(self, content: bytes) -> tuple[Size, Tensor]:
+        """Open one image; raises DecodeError."""
+        picture = decode(content, exif=self.exif, max_pixels=self.max_pixels)
+        return picture.size, self.preset.exact(picture)
