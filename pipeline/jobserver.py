@@ -32,6 +32,7 @@ _GCS_PORT: Final = "6379"
 _REQUEST_TIMEOUT_S: Final = 15.0
 _POLL_S: Final = 1.0
 _RECONNECT_S: Final = 2.0
+_LAST_READS: Final = 5
 # A head node that is restarted, or a laptop that was asleep, is back by then.
 _MAX_SILENCE_S: Final = 300.0
 # Ray kills a job's driver this long after it was asked to end. A run ends its batch, drops what is unfinished, and
@@ -271,8 +272,11 @@ class JobServer:
             tail.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await tail
-        with contextlib.suppress(ClusterError):  # how it ended is known, and matters more
-            lines.take_all(await asyncio.to_thread(self.read_log, job_id))
+        for _ in range(_LAST_READS):  # how it ended is known, and matters more than its last lines
+            with contextlib.suppress(ClusterError):
+                lines.take_all(await asyncio.to_thread(self.read_log, job_id))
+                break
+            await asyncio.sleep(_RECONNECT_S)
         lines.end()
         return job
 
