@@ -38,6 +38,8 @@ BIN = Path(sys.executable).parent
 SECRET = "hunter2-and-more"
 START_TIMEOUT_S = 300
 RUN_TIMEOUT_S = 300
+# Images that take about an eighth of a second each: a signal comes in the middle of the work.
+NUM_SLOW = 240
 
 
 @dataclass
@@ -262,9 +264,9 @@ def test_job_is_left_alone_by_ctrl_c_stopped_in_time_and_finished_by_a_second_su
     """Images that take a while each, so that the signals come in the middle of the work."""
     images = tmp_path / "images"
     images.mkdir()
-    Image.effect_noise((3000, 2500), 50).convert("RGB").save(images / "00.png", compress_level=0)
-    for index in range(1, 24):
-        os.link(images / "00.png", images / f"{index:02}.png")
+    Image.effect_noise((3000, 2500), 50).convert("RGB").save(images / "000.png", compress_level=0)
+    for index in range(1, NUM_SLOW):
+        os.link(images / "000.png", images / f"{index:03}.png")
     label = ("label", "images", "-o", "out", "-m", tiny_model_dir, "--shard-size", "2", "--num-workers", "1")
     follower = subprocess.Popen(
         [sys.executable, "-m", "jobs", "submit", "--name", "slow-1", "--", *label],
@@ -290,12 +292,12 @@ def test_job_is_left_alone_by_ctrl_c_stopped_in_time_and_finished_by_a_second_su
 
     stopped = nightshift("stop", "slow-1")
     assert stopped.returncode == 0, stopped.stderr
-    assert re.search(r"stopped: \d+ of 24 images are done and kept", stopped.stderr)
+    assert re.search(r"stopped: \d+ of 240 images are done and kept", stopped.stderr)
     assert "slow-1 was stopped after" in stopped.stdout
     assert "continue nightshift submit -- label images -o out" in stopped.stdout
     account = json.loads((tmp_path / "out/run.json").read_text())
     assert account["state"] == "stopped"
-    assert 0 < account["counts"]["labelled"] < 24
+    assert 0 < account["counts"]["labelled"] < NUM_SLOW
     assert not (tmp_path / "out/_SUCCESS").exists()
     assert nightshift("stop", "slow-1").returncode == 0
 
@@ -303,9 +305,9 @@ def test_job_is_left_alone_by_ctrl_c_stopped_in_time_and_finished_by_a_second_su
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     document = json.loads(done.stdout)
-    assert (document["state"], document["standing"]["done"]) == ("succeeded", 24)
+    assert (document["state"], document["standing"]["done"]) == ("succeeded", NUM_SLOW)
     uris = pq.read_table(predictions)["uri"].to_pylist()
-    assert len(uris) == len(set(uris)) == 24
+    assert len(uris) == len(set(uris)) == NUM_SLOW
     assert len(json.loads((tmp_path / "out/run.json").read_text())["invocations"]) == 2
 
 
