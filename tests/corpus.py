@@ -155,6 +155,7 @@ def sound_samples() -> Samples:
     samples |= {name: encode(photo_in(mode), format, **options) for name, (format, mode, options) in VARIANTS.items()}
     samples |= dict(_without_exif_block())
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile[:24] + bytes(12) + profile[36:]  # without the time at which it was made
     for format in ("JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if HAS_AVIF else [])):
         samples[f"{format} with a profile"] = encode(PHOTO, format, icc_profile=profile)
         samples[f"{format} with a damaged profile"] = encode(PHOTO, format, icc_profile=profile[:100] + b"x" * 300)
