@@ -193,6 +193,14 @@ class Wire:
         for one in (source, sink):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+
+@pytest.fixture
+def wire(cluster) -> Iterator[Wire]:
+    wire = Wire(cluster.url)
+    yield wire
+    wire.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -200,13 +208,12 @@ class Wire:
 
 
 def test_job_is_sent_from_another_folder_and_ends_with_its_own_exit_code(
-    cluster, nightshift, tiny_model_dir, make_images, tmp_path
+    cluster, nightshift, wire, tiny_model_dir, make_images, tmp_path
 ):
     """With a broken image too many, followed over a line that is cut, looked up, and sent once more."""
     make_images(tmp_path / "photos", 70)
     (tmp_path / "photos/broken.jpg").write_bytes(b"")
     label = ("label", "photos", "-o", "out", "-m", tiny_model_dir, "--num-workers", "1", "--max-failure-rate", "0")
-    wire = Wire(cluster.url)
     cuts: list[int] = []
     ended = threading.Event()
 
@@ -255,7 +262,6 @@ def test_job_is_sent_from_another_folder_and_ends_with_its_own_exit_code(
     driver_logs = [path.read_text() for path in (cluster.folder / "ray").rglob("job-driver-*.log")]
     texts = [*written, *driver_logs, logs.stdout, listed.stdout, one.stdout, json.dumps(document), done.stderr]
     assert driver_logs and not any(SECRET in text for text in texts)
-    wire.close()
 
 
 def test_job_is_left_alone_by_ctrl_c_stopped_in_time_and_finished_by_a_second_submit(
