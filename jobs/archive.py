@@ -336,7 +336,8 @@ class _Run:
                 for shard in plans.read_shards(self.folder, plan)
                 if shard.index not in committed or shard.index in redo
             ]
-            self._check_sight(cluster, plans.sample_uris(self.folder, shards))
+            if sight is not None:  # a manifest among the inputs names images that lie elsewhere
+                self._check_sight(cluster, plans.sample_uris(self.folder, shards))
             scaling = scaling.limited_to(len(shards))
             account.cluster = cluster.describe() | asdict(scaling)
             account.max_in_work = scaling.max_shards_in_work * plan.max_shard_images

@@ -36,9 +36,13 @@ def _watch() -> None:
 
 # What this process had started when the first signal came: when its children have ended, theirs cannot be found by it.
 _started: list[psutil.Process] = []
+_is_interrupted = threading.Event()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _is_interrupted.is_set():
+        return  # the thread ends everything, and with the code of the signal
+    _is_interrupted.set()
     _started.extend(_find_started())
     raise KeyboardInterrupt(number)
 

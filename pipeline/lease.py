@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -28,6 +29,7 @@ from typing import Final, Literal
 import psutil
 
 from pipeline.errors import LeaseHeldError, LeaseLostError
+from pipeline.secrets import mask
 from pipeline.storage import Folder, LocalFolder
 
 LEASE: Final = "_nightshift/lease"
@@ -178,7 +180,7 @@ class HeldLease:
         try:
             self._write(state)
         except OSError:
-            traceback.print_exc()
+            print(mask(traceback.format_exc()), file=sys.stderr)
             # A full disk has no room for a new file, but an old one can go, and without a lease the fence is closed.
             with contextlib.suppress(OSError):
                 self._folder.delete(LEASE)
@@ -195,7 +197,7 @@ class HeldLease:
             try:
                 self.renew()
             except OSError:  # a full disk now may have room at the next beat; the workers tell what they cannot write
-                traceback.print_exc()
+                print(mask(traceback.format_exc()), file=sys.stderr)
 
 
 @contextlib.contextmanager

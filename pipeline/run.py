@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -35,6 +36,7 @@ from pipeline.errors import (
 )
 from pipeline.lease import HeldLease
 from pipeline.plan import PLAN_DIR, Plan
+from pipeline.secrets import mask
 from pipeline.storage import (
     Folder,
     LocalFolder,
@@ -443,7 +445,7 @@ def _write_account(account: Account, lease: HeldLease, state: State | None) -> N
         lease.confirm()
         account.write(state)
     except (OSError, LeaseLostError):
-        traceback.print_exc()
+        print(mask(traceback.format_exc()), file=sys.stderr)
 
 
 def _describe_model(resolved: Settings) -> dict[str, Any]:
