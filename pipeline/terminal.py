@@ -72,7 +72,7 @@ class Progress:
     def notice(self, text: str) -> None:
         """A line that stays."""
         if not self._is_quiet:
-            self._write(f"{_ERASE if self._is_terminal else ''}{escape_controls(mask(text))}\n")
+            self._write(f"{_ERASE if self._is_terminal else ''}{escape_controls(mask(text.expandtabs()))}\n")
 
     def _run(self) -> None:
         last = ""

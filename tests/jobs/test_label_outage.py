@@ -34,6 +34,8 @@ from pipeline.lease import LEASE, hold_lease
 from pipeline.storage import open_folder
 from pipeline.worker import Decoder, DroppedShard, Labeller, Task
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 
 
@@ -324,7 +326,6 @@ def count_parts(folder: Path) -> int:
     return 0
 
 
-@pytest.mark.slow
 def test_driver_killed_at_ten_moments_of_one_run_loses_and_repeats_nothing(start, tmp_path):
     """Five while it takes the lease, lists, plans and seals, five while workers commit: by progress, not by time."""
     drawn = random.Random(6)
@@ -356,7 +357,6 @@ def test_driver_killed_at_ten_moments_of_one_run_loses_and_repeats_nothing(start
     assert_undisturbed(rows, ds.dataset(tmp_path / "undisturbed/predictions").to_table().sort_by("uri"))
 
 
-@pytest.mark.slow
 def test_of_two_runs_that_start_at_once_one_does_the_work_and_the_other_says_who(start, tmp_path):
     processes = [start(), start()]
     finished = []

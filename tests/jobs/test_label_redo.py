@@ -20,6 +20,8 @@ from jobs import archive
 from jobs.label import LabelConfig, LabelResult, run
 from pipeline.errors import ConfigError, DamagedRunError, OutputError, TooManyFailuresError
 
+pytestmark = pytest.mark.slow
+
 SHARD_SIZE = 10
 NUM_IMAGES = 60
 
