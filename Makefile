@@ -26,14 +26,15 @@ lint: $(READY)
 
 setup: $(READY)
 
-# uv prepares the environment in seconds; where it cannot be had, pip does the same from the same lock file.
+# uv prepares the environment in a minute; where it cannot be had, pip does the same from the same lock file. Compiled once
+# here: where PYTHONDONTWRITEBYTECODE is set, as in many images, each process of Ray's would compile PyTorch for itself.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "nightshift needs Python 3.11 to 3.13, and $(PYTHON) is another: make PYTHON=python3.11" >&2; exit 1; }
 	@echo "preparing $(VENV)" >&2
 	@$(PYTHON) -m venv --without-pip --clear $(VENV)
 	@if $(PYTHON) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --target $(VENV)/uv uv; then \
-	  $(UV) pip sync --quiet --python $(BIN)/python requirements.lock && \
+	  $(UV) pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock && \
 	  $(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .; \
 	else \
 	  $(PYTHON) -m pip --python $(BIN)/python install --quiet -r requirements.lock && \

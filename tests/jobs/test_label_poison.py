@@ -84,7 +84,8 @@ def poisoned(tmp_path_factory, images) -> list[str]:
     paths = []
     for number, path in enumerate(images):
         paths.append(os.fspath(folder / Path(path).name))
-        image = Image.open(path)
+        with Image.open(path) as opened:
+            image = opened.copy()
         comment = {DECODER_KILLS: b"kills", DECODER_HANGS: b"hangs"}.get(number, b"")
         colour = {MODEL_KILLS: poison.RED, MODEL_HANGS: poison.GREEN, HANGS_ONCE: poison.BLUE}.get(number)
         if colour:
