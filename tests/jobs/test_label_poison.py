@@ -240,4 +240,4 @@ def test_workers_that_are_killed_again_and_again_lose_and_double_nothing(cluster
     account = finish(command)
     check_labels(tmp_path / "out", images, failed={})
     assert account["invocations"][0]["workers_replaced"] >= 5
-    assert len(killed) >= 6
+    assert len(killed) >= 5  # six where the other one was at a shard, too, when all were killed
