@@ -101,7 +101,7 @@ def enable_tokens(address: str | None) -> None:
     if MODE_VARIABLE in os.environ:
         return
     given = address or os.environ.get("RAY_ADDRESS") or "auto"
-    found = _find_local_address() if given == "auto" else given
+    found = find_local_address() if given == "auto" else given
     if not found or found == "local" or _ask(found, None) in ("accepted", "unreachable"):
         return
     check_access(found)
@@ -112,7 +112,7 @@ def enable_tokens(address: str | None) -> None:
         _raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
-def _find_local_address() -> str | None:
+def find_local_address() -> str | None:
     """The GCS of the cluster that was last started on this machine, as `ray start` leaves it for others."""
     with contextlib.suppress(OSError):
         return Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text().strip()

@@ -18,7 +18,7 @@ import torch
 import yaml
 from ray.exceptions import RayError
 
-from pipeline.auth import enable_tokens
+from pipeline.auth import enable_tokens, find_local_address
 from pipeline.errors import ClusterError
 from pipeline.scaling import UNLIMITED, Cluster, count_nodes
 from pipeline.secrets import mask
@@ -44,7 +44,9 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
         _check_reachable(address or os.environ.get("RAY_ADDRESS"))
         enable_tokens(address)
         try:
-            ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                _pass_over_dead(address), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             where = address or os.environ.get("RAY_ADDRESS") or "this machine"
             hint = "" if "RAY_AUTH_MODE" in os.environ else "; if it asks for a token, set RAY_AUTH_MODE=token"
@@ -75,6 +77,24 @@ def _end_processes(processes: list[psutil.Process]) -> None:
     for process in alive:
         with contextlib.suppress(psutil.Error):
             process.kill()
+
+
+def _pass_over_dead(address: str | None) -> str | None:
+    """`address`, or `local` where Ray would look for a cluster on this machine and find one that was killed.
+
+    (That leaves its address behind; Ray would wait for it for over a minute, and fail.)
+    """
+    left = None if address or os.environ.get("RAY_ADDRESS") else find_local_address()
+    return address if left is None or _answers(left) else "local"
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _check_reachable(address: str | None) -> None:
