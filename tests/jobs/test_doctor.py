@@ -69,10 +69,10 @@ def test_machine_that_is_fit_is_told_so_and_left_as_it_was(doctor, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     *table, verdict = done.stdout.splitlines()
     assert verdict.startswith("fit for a run")
-    names = [line[2:].replace("shared memory", "shared_memory").replace("open files", "open_files") for line in table]
-    names = [
-        line.replace("temporary files", "temporary_files").split()[0] for line in names if line[:1] in tuple("✓!-")
-    ]
+    marked = [line[2:] for line in table if line[:1] in tuple("✓!-")]
+    for name in ("shared memory", "open files", "temporary files"):
+        marked = [line.replace(name, name.replace(" ", "_")) for line in marked]
+    names = [line.split()[0] for line in marked]
     assert names[: len(LINES)] == LINES
     assert "started on this machine" in done.stdout
     assert "\x1b" not in done.stdout
