@@ -85,16 +85,11 @@ def _pass_over_dead(address: str | None) -> str | None:
     (That leaves its address behind; Ray would wait for it for over a minute, and fail.)
     """
     left = None if address or os.environ.get("RAY_ADDRESS") else find_local_address()
-    return address if left is None or _answers(left) else "local"
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError):
-        return False
-    return True
+        _check_reachable(left)
+    except ClusterError:
+        return "local"
+    return address
 
 
 def _check_reachable(address: str | None) -> None:
