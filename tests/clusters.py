@@ -79,6 +79,7 @@ class Nodes:
                 self.kill(node)
         for kind in wanted.elements():
             self.add(*kind)
+        self._await_agreement()
         return sorted(self._nodes, key=lambda node: resources.index(_find_resources(node)))
 
     def add(self, cpus: int, gpus: int) -> Any:
@@ -97,6 +98,13 @@ class Nodes:
         """As when a machine loses its power."""
         self._nodes.remove(node)
         self._cluster.remove_node(node, allow_graceful=False)
+
+    def _await_agreement(self) -> None:
+        """Wait until Ray, too, takes for alive what is alive: a job plans with what it is told when it starts."""
+        deadline = time.monotonic() + PATIENCE_S
+        while sum(node["Alive"] for node in self._cluster.global_state.node_table()) != 1 + len(self._nodes):
+            assert time.monotonic() < deadline, "Ray has not noticed which nodes are gone"
+            time.sleep(0.1)
 
     def free_gpus(self) -> float:
         return float(self._cluster.global_state.available_resources().get("GPU", 0))
