@@ -72,6 +72,8 @@ MIN_PASSES: Final = 2
 MAX_FAILED_IN_A_ROW: Final = 8
 # How often the driver looks for shards that hang, once these may have taken long enough.
 LOOK_S: Final = 20.0
+# After so long without a worker at work, a person wants to know what is waited for.
+WAIT_S: Final = 60.0
 # A node that does not start a task by then is as good as gone, and Ray will notice.
 EVICTION_S: Final = 60.0
 
@@ -108,7 +110,7 @@ def run_shards(
             while window := list(islice(remaining, WINDOW_SHARDS)):
                 lost = {shard.index for shard in window}
                 num_failed_in_a_row = 0
-                with _evict_stalled(task, missing, finder, toll, tell):
+                with _evict_stalled(task, missing, finder, toll, tell), _explain_wait(task, scaling, tell):
                     for outcome in _run_window(task, model_reference, window, cares, scaling):
                         lost.discard(outcome.shard)
                         if isinstance(outcome, Done):
@@ -388,6 +390,33 @@ def _evict(stalled: Stalled) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Messages
+
+
+@contextlib.contextmanager
+def _explain_wait(task: Task, scaling: Scaling, tell: Callable[[str], None]) -> Iterator[None]:
+    """Say once what workers need and what there is, where none is at work after a while: Ray waits without a word."""
+    ended = threading.Event()
+
+    def look() -> None:
+        with contextlib.suppress(OSError, RayError):  # a store that is not there just now, or a Ray that ends
+            if not ended.wait(WAIT_S) and not read_records(task.folder, run_id=task.attempts_id):
+                tell(_describe_wait(scaling))
+
+    threading.Thread(target=look, name="waiting for workers", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _describe_wait(scaling: Scaling) -> str:
+    has, free = ray.cluster_resources(), ray.available_resources()
+    needs = {"GPU": scaling.gpus_per_worker, "CPU": scaling.cpus_per_worker}
+    needed = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
+    there = " and ".join(
+        f"{free.get(name, 0):g} of {has.get(name, 0):g} {name}s" for name, amount in needs.items() if amount
+    )
+    return f"no worker is at work after {WAIT_S:.0f} s: each needs {needed}, and {there} are free in the cluster"
 
 
 def _describe_failures(failures: dict[int, str], missing: dict[int, Shard]) -> str:

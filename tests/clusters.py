@@ -25,7 +25,7 @@ NUM_SHARDS = NUM_IMAGES // SHARD_SIZE
 
 # A model that says in which worker it runs, and stops there while a file `hold` or `hold-PID` stands beside it.
 PROBE = """
-import json, os, time
+import json, os, socket, time
 from pathlib import Path
 
 import torch
@@ -44,12 +44,16 @@ class Probe(torch.nn.Module):
     def forward(self, images):
         if images.any() and "RAY_RAYLET_PID" in os.environ:
             record = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "raylet": int(os.environ["RAY_RAYLET_PID"])}
+            record["host"] = socket.gethostname()
             unfinished = HERE / f".{os.getpid()}"
             unfinished.write_text(json.dumps(record))
             unfinished.rename(HERE / f"worker-{os.getpid()}")
             time.sleep(PAUSE_S)
+            held = HERE / f"held-{os.getpid()}"
             while (HERE / "hold").exists() or (HERE / f"hold-{os.getpid()}").exists():
+                held.touch()
                 time.sleep(0.05)
+            held.unlink(missing_ok=True)
         return self.head(torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)) * 20
 """
 
@@ -184,8 +188,13 @@ class Job:
         for name in [f"hold-{pid}" for pid in pids] or ["hold"]:
             (self.folder / name).touch()
 
-    def go_on(self) -> None:
-        for path in self.folder.glob("hold*"):
+    @property
+    def held(self) -> set[int]:
+        """The workers that stand still in the middle of a shard."""
+        return {int(path.name.removeprefix("held-")) for path in self.folder.glob("held-*")}
+
+    def go_on(self, *pids: int) -> None:
+        for path in [self.folder / f"hold-{pid}" for pid in pids] or self.folder.glob("hold*"):
             path.unlink()
 
     def until(self, condition: Callable[[], Any], *, timeout_s: float = PATIENCE_S) -> Any:
