@@ -67,8 +67,8 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
 
     limit: int | None = None
     """Only the first N images of the plan."""
-    preprocess: Literal["exact"] = "exact"
-    """`exact` gives the pixels of torchvision's preset, bit for bit."""
+    preprocess: Literal["fast", "exact"] = "fast"
+    """`exact` gives the pixels of torchvision's preset, bit for bit; `fast` gives nearly the same, in half the time."""
 
     # Output
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -514,6 +514,7 @@ class _Run:
             precision=plan.resolved["precision"],
             exif=config.exif,
             max_pixels=config.max_pixels,
+            preprocess=config.preprocess,
             batch_size=batch_size,
             retries=config.retries,
             timeout_s=config.timeout_per_image,

@@ -31,6 +31,7 @@ def show(config: LabelConfig) -> int:
         config.open_model(),
         precision="fp32" if config.precision == "auto" else config.precision,
         top_k=config.top_k,
+        preprocess=config.preprocess,
         exif=config.exif,
         max_pixels=config.max_pixels,
         retries=config.retries,

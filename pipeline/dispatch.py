@@ -410,7 +410,8 @@ def _explain_wait(task: Task, scaling: Scaling, tell: Callable[[str], None]) -> 
 
 
 def _describe_wait(scaling: Scaling) -> str:
-    has, free = ray.cluster_resources(), ray.available_resources()
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     needs = {"GPU": scaling.gpus_per_worker, "CPU": scaling.cpus_per_worker}
     needed = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
     there = " and ".join(

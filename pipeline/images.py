@@ -16,7 +16,7 @@ from pipeline.errors import DecodeError, ReadError
 from pipeline.fetch import Fetch, Fetcher
 from pipeline.log import at
 from pipeline.pixels import OpenContent, Opening
-from pipeline.presets import Preset
+from pipeline.presets import Preprocess, Preset
 from pipeline.sources import ListedImage
 
 
@@ -45,9 +45,18 @@ Opened = Generator[tuple[ImageRow, Tensor | None], None, None]
 class ImageOpener:
     """Opens images with its own threads, a bounded number of them ahead."""
 
-    def __init__(self, fetcher: Fetcher, preset: Preset, *, exif: Exif, max_pixels: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        preset: Preset,
+        *,
+        exif: Exif,
+        max_pixels: int,
+        num_threads: int,
+        preprocess: Preprocess = "exact",
+    ) -> None:
         self.preset = preset
-        self.opening = Opening(preset=preset, exif=exif, max_pixels=max_pixels)
+        self.opening = Opening(preset=preset, preprocess=preprocess, exif=exif, max_pixels=max_pixels)
         self.num_threads = num_threads
         self._fetcher = fetcher
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")

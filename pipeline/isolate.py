@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.decode import Size
 from pipeline.errors import DecodeError, WorkerError
-from pipeline.pixels import OpenContent, Opening, Size
+from pipeline.pixels import OpenContent, Opening
 
 # A fork is ended by its own timer; a lane that says nothing for so long afterwards is broken itself.
 _LANE_GRACE_S: Final = 60.0

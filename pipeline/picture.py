@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from pipeline.decode import Exif, decode
+from pipeline.decode import Exif
 from pipeline.errors import ImageError
 from pipeline.fetch import Fetcher
 from pipeline.models import Model
+from pipeline.pixels import Opening
 from pipeline.predict import Precision, Predictor
+from pipeline.presets import Preprocess
 from pipeline.silence import silence_libraries
 from pipeline.sources import ListedImage
 from pipeline.storage import normalise
@@ -35,16 +37,25 @@ class LabelledPicture:
 
 
 def label_pictures(
-    paths: Iterable[str], model: Model, *, precision: Precision, top_k: int, exif: Exif, max_pixels: int, retries: int
+    paths: Iterable[str],
+    model: Model,
+    *,
+    preprocess: Preprocess,
+    precision: Precision,
+    top_k: int,
+    exif: Exif,
+    max_pixels: int,
+    retries: int,
 ) -> Iterator[LabelledPicture]:
     """Label the files at `paths` in their order, on the CPU."""
     predictor = Predictor(model, precision=precision, top_k=top_k)
     fetcher = Fetcher(retries=retries)
+    opening = Opening(preset=model.preset, preprocess=preprocess, exif=exif, max_pixels=max_pixels)
     for path in paths:
         try:
             content, _ = fetcher.read(ListedImage(normalise(path)))
             with silence_libraries():
-                pixels = model.preset.exact(decode(content, exif=exif, max_pixels=max_pixels))
+                _, pixels = opening(content)
         except ImageError as error:
             yield LabelledPicture(file=path, error=str(error))
             continue

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipeline.decode import Exif, decode
-from pipeline.presets import Preset
-
-Size = tuple[int, int]
-"""Width and height of the picture as it was decoded."""
+from pipeline.decode import Exif, Size, decode_reduced
+from pipeline.presets import Preprocess, Preset
 
 OpenContent = Callable[[bytes], tuple[Size, Tensor]]
 """Gives the size of the picture and (3, crop, crop) uint8; raises DecodeError."""
@@ -22,10 +19,12 @@ class Opening:
     """How the files of a run become pixels, wherever that is done."""
 
     preset: Preset
+    preprocess: Preprocess
     exif: Exif
     max_pixels: int
 
     def __call__(self, content: bytes) -> tuple[Size, Tensor]:
         """Open one image; raises DecodeError."""
-        picture = decode(content, exif=self.exif, max_pixels=self.max_pixels)
-        return picture.size, self.preset.exact(picture)
+        least_side = self.preset.least_side if self.preprocess == "fast" else None
+        size, picture = decode_reduced(content, exif=self.exif, max_pixels=self.max_pixels, least_side=least_side)
+        return size, self.preset.apply(picture, self.preprocess)

@@ -1,7 +1,9 @@
 """The preset of a model: how an image is resized, cropped and normalised before the model sees it.
 
-`exact` follows torchvision's `ImageClassification` preset on a PIL image bit for bit. The pixels stay uint8 until
-they are on the model's device; `Normalise` is the rest of the preset, inside the model's graph.
+`exact` follows torchvision's `ImageClassification` preset on a PIL image bit for bit; `fast` follows it on a tensor, in
+less than half the time, and differs from it by rounding: a level of 255, or a few beside black and white where bicubic
+interpolation goes beyond them. The pixels stay uint8 until they are on the
+model's device; `Normalise` is the rest of the preset, inside the model's graph.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+Preprocess = Literal["fast", "exact"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 # Pillow's names for them are the same.
 _RESAMPLING: Final = {name: Image.Resampling[name.upper()] for name in get_args(Interpolation)}
@@ -25,6 +29,12 @@ Triple = tuple[float, float, float]
 _MAX_ASPECT: Final = 64
 # Pixels on either side that a resized one depends on: 3 for the widest of the filters, Lanczos.
 _MAX_SUPPORT: Final = 3
+
+# What PyTorch resizes tensors of bytes with as Pillow would; the others are left to Pillow.
+_FAST_INTERPOLATIONS: Final = frozenset({"bilinear", "bicubic"})
+# A large picture may be decoded at a fraction of its size that is still so many times what it is resized to: what
+# resizing makes of it is then nearly what it makes of the whole.
+_REDUCING_GAP: Final = 2
 
 IMAGENET_MEAN: Final[Triple] = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final[Triple] = (0.229, 0.224, 0.225)
@@ -42,9 +52,27 @@ class Preset:
     std: Triple = IMAGENET_STD
     interpolation: Interpolation = "bilinear"
 
+    @property
+    def least_side(self) -> int:
+        """The shorter side, in pixels, that `fast` needs of a picture which is larger than that."""
+        return self.resize * _REDUCING_GAP
+
+    def apply(self, image: Image.Image, preprocess: Preprocess) -> Tensor:
+        """(3, crop, crop) uint8 from an RGB image."""
+        return self.fast(image) if preprocess == "fast" else self.exact(image)
+
+    def fast(self, image: Image.Image) -> Tensor:
+        """(3, crop, crop) uint8 from an RGB image, near those of `exact`."""
+        if self.interpolation not in _FAST_INTERPOLATIONS or _is_long(image):
+            return self.exact(image)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        resized = F.resize(pixels, [self.resize], InterpolationMode(self.interpolation), antialias=True)
+        cropped: Tensor = F.center_crop(resized, [self.crop])
+        return cropped.contiguous()
+
     def exact(self, image: Image.Image) -> Tensor:
         """(3, crop, crop) uint8 from an RGB image."""
-        if max(image.size) > _MAX_ASPECT * min(image.size):
+        if _is_long(image):
             resized = self._resize_centre(image)
         else:
             resized = F.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
@@ -74,6 +102,10 @@ class Preset:
             box, size = (0, start - first, short, end - first), (self.resize, kept)
             surroundings = image.crop((0, first, short, last))
         return surroundings.resize(size, _RESAMPLING[self.interpolation], box)
+
+
+def _is_long(image: Image.Image) -> bool:
+    return max(image.size) > _MAX_ASPECT * min(image.size)
 
 
 class Normalise(nn.Module):

@@ -30,17 +30,16 @@ from torch import Tensor
 from pipeline import schema
 from pipeline.attempts import UNRECORDED, Attempt, Care, Step
 from pipeline.commit import Counts
-from pipeline.decode import Exif
+from pipeline.decode import Exif, Size
 from pipeline.fetch import Fetcher
 from pipeline.images import ImageOpener, ImageRow
 from pipeline.isolate import Isolator
 from pipeline.lease import Fence
 from pipeline.log import LOGGER, at, warn_of_images
 from pipeline.models import Model
-from pipeline.pixels import Size
 from pipeline.plan import Shard
 from pipeline.predict import Precision, Predictor, TopK, is_device_lost, is_out_of_memory
-from pipeline.presets import Preset
+from pipeline.presets import Preprocess, Preset
 from pipeline.redo import Redo, commit_work, read_work
 from pipeline.sight import Sight
 from pipeline.sources import ListedImage
@@ -74,6 +73,7 @@ class Task:
     precision: Precision
     exif: Exif
     max_pixels: int
+    preprocess: Preprocess
     top_k: int
     batch_size: int
     retries: int
@@ -148,6 +148,7 @@ class Decoder:
             exif=task.exif,
             max_pixels=task.max_pixels,
             num_threads=num_threads,
+            preprocess=task.preprocess,
         )
 
     def decode(self, shard: Shard, attempt: Attempt = UNRECORDED) -> Iterator[DecodedBatch]:

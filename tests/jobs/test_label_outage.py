@@ -217,6 +217,7 @@ def test_worker_of_a_run_that_was_overwritten_publishes_nothing(undisturbed, con
             precision="fp32",
             exif="ignore",
             max_pixels=config.max_pixels,
+            preprocess="exact",
             top_k=5,
             batch_size=8,
             retries=0,

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, PngImagePlugin
 
-from pipeline.decode import FORMATS, decode
+from pipeline.decode import FORMATS, decode, decode_reduced
 from pipeline.errors import DecodeError
 
 # What `decode` tells Python once, and pytest resets before each test.
@@ -481,3 +481,42 @@ def test_damaged_metadata_warns_nobody():
     )
     assert run.stderr == b""
     assert run.stdout == b"(32, 24)\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reduced
+
+
+@pytest.mark.parametrize(
+    ("size", "reduced"), [((1600, 1200), (400, 300)), ((900, 5000), (450, 2500)), ((599, 700), None)]
+)
+def test_large_jpeg_is_decoded_at_a_fraction_of_its_size_that_is_large_enough(size, reduced):
+    content = encode(PHOTO.resize(size), "JPEG")
+    told, picture = decode_reduced(content, least_side=300)
+    assert (told, picture.size, picture.mode) == (size, reduced or size, "RGB")
+    whole = np.asarray(decode(content).resize(picture.size, Image.Resampling.BOX), np.float32)
+    assert np.abs(np.asarray(picture, np.float32) - whole).mean() < 3
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_other_formats_are_never_reduced(format):
+    content = encode(PHOTO.resize((1600, 1200)), format)
+    assert decode_reduced(content, least_side=100)[1].tobytes() == decode(content).tobytes()
+
+
+def test_size_of_a_reduced_picture_is_that_of_the_whole_as_it_is_held():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(PHOTO.resize((1600, 1200)), "JPEG", exif=exif)
+    told, picture = decode_reduced(content, exif="apply", least_side=300)
+    assert (told, picture.size) == ((1200, 1600), (300, 400))
+
+
+@pytest.mark.parametrize("damage", [slice(0, 3000), slice(0, 100), slice(0, 0)])
+def test_what_cannot_be_decoded_whole_cannot_be_decoded_reduced(damage):
+    content = encode(PHOTO.resize((1600, 1200)), "JPEG")[damage]
+    with pytest.raises(DecodeError) as whole:
+        decode(content)
+    with pytest.raises(DecodeError) as reduced:
+        decode_reduced(content, least_side=100)
+    assert str(reduced.value) == str(whole.value)

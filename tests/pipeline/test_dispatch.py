@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
-import threading
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.attempts import Journal
-from pipeline.dispatch import (
-    _decoder_resources,
-    _explain_wait,
-    _forget_frames,
-    _pack_pixels,
-    _unpack_pixels,
-    _worker_resources,
-)
+from pipeline.dispatch import _decoder_resources, _forget_frames, _pack_pixels, _unpack_pixels, _worker_resources
 from pipeline.errors import WorkerError
 from pipeline.images import ImageRow
 from pipeline.process import Failed
 from pipeline.scaling import Scaling
-from pipeline.storage import LocalFolder
 from pipeline.worker import DecodedBatch
 
 SIDE = 4
@@ -114,25 +102,3 @@ def test_record_of_an_error_keeps_its_text_and_nothing_that_was_at_hand():
     assert _forget_frames(record)
     assert not pools
     assert "ValueError: a worker died" in logging.Formatter().format(record)
-
-
-def test_what_is_waited_for_is_told_where_no_worker_is_at_work(ray_cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.dispatch.WAIT_S", 0.0)
-    task = SimpleNamespace(folder=LocalFolder(tmp_path), attempts_id="run")
-    told, is_told = [], threading.Event()
-    with _explain_wait(task, scaling(gpus=1), lambda text: (told.append(text), is_told.set())):
-        assert is_told.wait(30)
-    assert re.search(r"each needs 1 GPU and 1 CPU, and 0 of 0 GPUs and [\d.]+ of 2 CPUs are free", told[0])
-
-
-def test_nothing_is_told_of_waiting_where_a_worker_is_at_work_or_the_work_is_done(ray_cluster, tmp_path, monkeypatch):
-    task = SimpleNamespace(folder=LocalFolder(tmp_path), attempts_id="run")
-    told = []
-    with _explain_wait(task, scaling(), told.append):
-        waiting = [thread for thread in threading.enumerate() if thread.name == "waiting for workers"]
-    monkeypatch.setattr("pipeline.dispatch.WAIT_S", 0.0)
-    with Journal(task.folder, run_id="run", worker="w").attempt(0), _explain_wait(task, scaling(), told.append):
-        waiting += [thread for thread in threading.enumerate() if thread.name == "waiting for workers"]
-        for thread in waiting:
-            thread.join(30)
-    assert not told

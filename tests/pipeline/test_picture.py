@@ -1,3 +1,7 @@
+import csv
+from operator import eq
+
+import pytest
 from crafted import PHOTO, encode
 
 from pipeline.models import open_model
@@ -13,7 +17,35 @@ def test_libraries_write_nothing_between_the_labels(tmp_path, tiny_model_dir, ca
         content[place] ^= 0x55
     damaged.write_bytes(content)
     model = open_model(tiny_model_dir, weights="DEFAULT", labels=None, overrides={})
-    options = {"precision": "fp32", "top_k": 2, "exif": "ignore", "max_pixels": 10**6, "retries": 0}
+    options = {
+        "preprocess": "exact",
+        "precision": "fp32",
+        "top_k": 2,
+        "exif": "ignore",
+        "max_pixels": 10**6,
+        "retries": 0,
+    }
     labelled = list(label_pictures([str(sound), str(damaged)], model, **options))
     assert [len(picture.predictions) for picture in labelled] == [2, 2]
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_fast_labels_real_photographs_as_exact_does(shared_data):
+    model = open_model(
+        "squeezenet1_0", weights=str(shared_data / "weights" / "squeezenet1_0.pth"), labels=None, overrides={}
+    )
+    with (shared_data / "photos.csv").open() as table:
+        classes = {row["file_name"]: int(row["class_index"]) for row in csv.DictReader(table)}
+    paths = [str(shared_data / "photos" / name) for name in classes]
+
+    def label(preprocess: str) -> list[int]:
+        options = {"precision": "fp32", "top_k": 1, "exif": "ignore", "max_pixels": 10**8, "retries": 0}
+        pictures = label_pictures(paths, model, preprocess=preprocess, **options)
+        return [picture.predictions[0].label_id for picture in pictures]
+
+    fast, exact = label("fast"), label("exact")
+    right = [sum(map(eq, found, classes.values())) for found in (fast, exact)]
+    print(f"right: {right[0]} and {right[1]} of {len(paths)}; the same label: {sum(map(eq, fast, exact))}")
+    assert sum(map(eq, fast, exact)) >= 0.99 * len(paths)
+    assert abs(right[0] - right[1]) <= 2

@@ -1,3 +1,4 @@
+import io
 import time
 
 import numpy as np
@@ -7,11 +8,13 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
+from pipeline.pixels import Opening
 from pipeline.presets import Normalise, Preset
 
 
-def make_image(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+def make_image(width: int, height: int, *, least: int = 0, most: int = 255) -> Image.Image:
+    noise = np.random.default_rng(0).integers(least, most, (height, width, 3), dtype=np.uint8, endpoint=True)
+    return Image.fromarray(noise)
 
 
 def torchvisions(image: Image.Image, **options) -> torch.Tensor:
@@ -34,6 +37,37 @@ def test_exact_is_torchvisions_preset_bit_for_bit(size, interpolation):
     batch = preset.exact(image).unsqueeze(0)
     assert batch.dtype == torch.uint8
     assert torch.equal(Normalise(preset)(batch)[0], reference(image))
+
+
+@pytest.mark.parametrize("size", [*SIZES, (2000, 1500)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_fast_differs_from_exact_by_rounding_alone(size, interpolation):
+    preset = Preset(resize=232, crop=224, interpolation=interpolation)
+    image = make_image(*size, least=64, most=191)  # so that no interpolation goes beyond black and white
+    fast, exact = preset.fast(image), preset.exact(image)
+    assert (fast.shape, fast.dtype, fast.is_contiguous()) == (exact.shape, torch.uint8, True)
+    assert (fast.int() - exact.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("size", "interpolation"), [((300, 200), "lanczos"), ((300, 200), "nearest"), ((9, 900), "bilinear")]
+)
+def test_what_tensors_cannot_be_resized_with_is_exact(size, interpolation):
+    preset, image = Preset(interpolation=interpolation), make_image(*size)
+    assert torch.equal(preset.fast(image), preset.exact(image))
+
+
+def test_fast_keeps_what_a_large_picture_shows():
+    """A photograph is reduced while it is decoded; what is resized from that is nearly what the whole would give."""
+    rows, columns = np.linspace(0, 20, 1536)[:, None], np.linspace(0, 30, 2048)
+    waves = [127 + 60 * np.sin(rows * k) + 60 * np.cos(columns / k) for k in (1, 2, 3)]
+    file = io.BytesIO()
+    Image.fromarray(np.stack(waves, axis=2).astype(np.uint8)).save(file, "JPEG", quality=90)
+    options = {"preset": Preset(), "exif": "ignore", "max_pixels": 10**7}
+    exact_size, exact = Opening(preprocess="exact", **options)(file.getvalue())
+    fast_size, fast = Opening(preprocess="fast", **options)(file.getvalue())
+    assert fast_size == exact_size == (2048, 1536)
+    assert (fast.int() - exact.int()).abs().float().mean() < 1
 
 
 @pytest.mark.parametrize("size", [(1, 65), (500, 1), (3, 1000), (2001, 7), (30, 3011), (300, 20000), (20000, 300)])

@@ -61,6 +61,7 @@ def job(tmp_path, make_images, model):
                 precision="fp32",
                 exif="ignore",
                 max_pixels=10**6,
+                preprocess="exact",
                 top_k=3,
                 batch_size=4,
                 retries=0,
