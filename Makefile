@@ -12,8 +12,10 @@ PYTEST ?=
 demo: $(READY)
 	@$(BIN)/nightshift demo
 
+# Tests without Ray run side by side; those with it need all cores for themselves. (5 says that none was chosen.)
 test: $(READY)
-	$(BIN)/pytest -m "not slow" $(PYTEST)
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --ignore tests/jobs $(PYTEST) || test $$? -eq 5
+	$(BIN)/pytest -m "not slow" tests/jobs $(PYTEST) || test $$? -eq 5
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow $(PYTEST)

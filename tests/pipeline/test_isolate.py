@@ -21,7 +21,7 @@ from pipeline.isolate import Isolator
 from pipeline.pixels import Opening
 from pipeline.presets import Preset
 
-OPENING = Opening(preset=Preset(resize=12, crop=10), exif="ignore", max_pixels=10**6)
+OPENING = Opening(preset=Preset(resize=12, crop=10), preprocess="exact", exif="ignore", max_pixels=10**6)
 
 
 @dataclass(frozen=True)

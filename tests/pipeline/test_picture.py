@@ -1,11 +1,10 @@
 import csv
-from operator import eq
 
 import pytest
 from crafted import PHOTO, encode
 
 from pipeline.models import open_model
-from pipeline.picture import label_pictures
+from pipeline.picture import Prediction, label_pictures
 
 
 def test_libraries_write_nothing_between_the_labels(tmp_path, tiny_model_dir, capfd):
@@ -39,13 +38,16 @@ def test_fast_labels_real_photographs_as_exact_does(shared_data):
         classes = {row["file_name"]: int(row["class_index"]) for row in csv.DictReader(table)}
     paths = [str(shared_data / "photos" / name) for name in classes]
 
-    def label(preprocess: str) -> list[int]:
-        options = {"precision": "fp32", "top_k": 1, "exif": "ignore", "max_pixels": 10**8, "retries": 0}
-        pictures = label_pictures(paths, model, preprocess=preprocess, **options)
-        return [picture.predictions[0].label_id for picture in pictures]
+    def label(preprocess: str) -> list[tuple[Prediction, ...]]:
+        options = {"precision": "fp32", "top_k": 2, "exif": "ignore", "max_pixels": 10**8, "retries": 0}
+        return [picture.predictions for picture in label_pictures(paths, model, preprocess=preprocess, **options)]
 
     fast, exact = label("fast"), label("exact")
-    right = [sum(map(eq, found, classes.values())) for found in (fast, exact)]
-    print(f"right: {right[0]} and {right[1]} of {len(paths)}; the same label: {sum(map(eq, fast, exact))}")
-    assert sum(map(eq, fast, exact)) >= 0.99 * len(paths)
+    right = [
+        sum(best[0].label_id == n for best, n in zip(found, classes.values(), strict=True)) for found in (fast, exact)
+    ]
+    differing = [pair for pair in zip(fast, exact, strict=True) if pair[0][0].label_id != pair[1][0].label_id]
+    print(f"right: {right[0]} and {right[1]} of {len(paths)}; another label: {len(differing)}")
+    assert len(differing) <= 0.02 * len(paths)  # 2 of 200 where this was written
+    assert all(best.score - second.score < 0.1 for pair in differing for best, second in pair), "none was certain"
     assert abs(right[0] - right[1]) <= 2
