@@ -110,6 +110,7 @@ def open_stage(
             exif=training.exif,
             max_pixels=training.max_pixels,
             num_threads=num_threads,
+            preprocess="fast",  # as label takes them by default
         )
         room = find_room(training.memory_limit)
         transform = compute_features if features else keep_pixels
