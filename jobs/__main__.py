@@ -11,6 +11,7 @@ from jobs.cli import leave, run_command
 
 COMMANDS: Final = {
     "label": "label every image of an archive with a pretrained model",
+    "embed": "turn every image of an archive into a vector of features",
     "finetune": "fine-tune a pretrained model on labelled images",
     "submit": "run such a command on a Ray cluster: nightshift submit -- label …",
     "status": "list what a cluster is running and has run, and how far it has come",

@@ -18,7 +18,7 @@ import tyro
 
 from jobs.inputs import Auto, Check, InputConfig, ModelConfig, as_given, is_below, is_worker_count
 from pipeline import plan as plans
-from pipeline.commit import PREDICTIONS_DIR, Counts, find_committed, sweep_foreign
+from pipeline.commit import Counts, find_committed, sweep_foreign
 from pipeline.errors import ConfigError, DamagedRunError, OutputError
 from pipeline.lease import HeldLease, hold_lease
 from pipeline.listing import Inputs, exclude_known
@@ -36,12 +36,14 @@ from pipeline.run import (
     refuse_changes,
 )
 from pipeline.scaling import find_scaling
+from pipeline.schema import Parts
 from pipeline.sight import Sight, find_sight
 from pipeline.storage import Folder
 from pipeline.terminal import Progress, Rate, describe_counts, format_seconds, open_terminal
 from pipeline.verify import verify_run
 
 if TYPE_CHECKING:
+    from pipeline.answers import Answer
     from pipeline.models import Model
     from pipeline.scaling import Cluster, Scaling
     from pipeline.worker import Task
@@ -64,6 +66,10 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
     """The name of the command."""
     yields: ClassVar[str]
     """What the rows hold, in one word."""
+    outcome: ClassVar[str]
+    """What becomes of an image that does not fail, in one word."""
+    directory: ClassVar[str]
+    """The folder of the parts, below the output."""
 
     limit: int | None = None
     """Only the first N images of the plan."""
@@ -85,11 +91,11 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
     retry_stages: str = ",".join(STAGES)
     """Which of them, by the stage that they failed in."""
     verify: bool = False
-    """Read all of the run in the folder, and say whether it is whole; needs no INPUT and changes no label."""
+    """Read all of the run in the folder, and say whether it is whole; needs no INPUT and changes no row."""
     overwrite: bool = False
     """Start anew in a folder that holds a run."""
     update: bool = False
-    """List the inputs anew, and label what the run in the folder does not have yet."""
+    """List the inputs anew, and do what the run in the folder does not have yet."""
     dry_run: bool = False
     """List and count, and say what the run would take."""
 
@@ -121,13 +127,20 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
         """The model, with all that can be refused before a worker starts looked at; raises UsageError."""
 
     @abstractmethod
-    def make_task(self, **shared: Any) -> Task:
-        """What the workers are told, of which `shared` is the part that does not depend on the job."""
+    def open_answer(self, model: Model) -> Answer[Any]:
+        """What is kept of the model's output; raises UsageError where it has none of that kind."""
 
-    @property
     @abstractmethod
-    def bytes_per_row(self) -> float:
-        """What a row takes in a part of photographs, compressed."""
+    def describe_model(self, model: Model, answer: Any) -> dict[str, Any]:
+        """What else than its name, weights and preset the rows depend on."""
+
+    @abstractmethod
+    def describe_parts(self, resolved: dict[str, Any]) -> Parts:
+        """What the parts of a run hold whose settings are `resolved`."""
+
+    @abstractmethod
+    def count_bytes(self) -> float:
+        """What a row takes in a part of photographs, compressed; may look at the model for it."""
 
     @property
     @abstractmethod
@@ -240,10 +253,11 @@ def run_archive(config: ArchiveConfig, *, started: float | None = None) -> Outco
 
 def verify_archive(config: ArchiveConfig, folder: Folder) -> Outcome:
     """Read all of a run; raises DamagedRunError, and takes its _SUCCESS away, where some of it is not as it was."""
-    plan = plans.load_plan(folder)
+    plan = plans.load_plan(folder, job=config.job)
     if plan is None:
         raise OutputError(f"output {config.output!r} holds no run that could be verified")
     finished = find_finished(folder, job=config.job)
+    parts = config.describe_parts(plan.resolved)
     with Progress(sys.stderr, is_quiet=config.quiet) as progress:
         num_parts = 0
         progress.show(lambda: f"verifying: {num_parts:,}/{plan.num_shards:,} parts")
@@ -252,15 +266,15 @@ def verify_archive(config: ArchiveConfig, folder: Folder) -> Outcome:
             nonlocal num_parts
             num_parts = number
 
-        found = verify_run(folder, plan, tell=count)
+        found = verify_run(folder, plan, parts=parts, tell=count)
     if found.is_whole and finished:
         return Outcome(account={**finished, "verified": {"parts": found.num_parts, "rows": found.num_rows}})
     with hold_lease(folder, notice=config.print_notice):  # not before something is to be changed
-        if plans.load_plan(folder) != plan:
+        if plans.load_plan(folder, job=config.job) != plan:
             raise OutputError(f"output {config.output!r} was replaced by another run while it was verified")
         folder.delete(SUCCESS)
         for name in found.damaged:
-            folder.delete(f"{PREDICTIONS_DIR}/{name}")
+            folder.delete(f"{parts.directory}/{name}")
     raise DamagedRunError(found.describe(is_finished=finished is not None))
 
 
@@ -290,7 +304,7 @@ class _Run:
         if plan and self.config.update:
             plan = self._update_plan(plan)
         shards = plans.read_shards(self.folder, plan) if plan else []
-        committed = find_committed(self.folder, shards, run_hashes=plan.run_hashes) if plan else {}
+        committed = self._find_committed(plan, shards) if plan else {}
         redo = self._find_redo(plan, shards, committed) if plan and self.config.retry_failed else {}
         if plan is None:
             return self._finish(self._work(None, {}, {}))
@@ -309,8 +323,10 @@ class _Run:
         progress.show(f"loading {config.model}")
         with self._timed("model_s"):
             model = config.open_model()
+            answer = config.open_answer(model)
+            fixed = config.describe_model(model, answer)
             if plan is not None:
-                self._refuse_other_model(model, plan)
+                self._refuse_other_model(fixed, plan)
         if plan is None:
             self.inputs.check_not_empty()
 
@@ -328,7 +344,7 @@ class _Run:
                 )
             sight = self._check_sight(cluster, self.inputs.uris)
             if plan is None:
-                plan = self._make_plan(model, precision=self._find_precision(cluster, scaling))
+                plan = self._make_plan(model, fixed, precision=self._find_precision(cluster, scaling))
             self._check_split(plan)
             account = self._open_account(plan, committed, redo)
             shards = [
@@ -341,7 +357,7 @@ class _Run:
             scaling = scaling.limited_to(len(shards))
             account.cluster = cluster.describe() | asdict(scaling)
             account.max_in_work = scaling.max_shards_in_work * plan.max_shard_images
-            task = self._describe_task(plan, model, scaling, sight)
+            task = self._describe_task(plan, model, answer, scaling, sight)
             rate = Rate()
             progress.show(partial(_describe_progress, account, rate))
             if redo:
@@ -356,18 +372,26 @@ class _Run:
 
     def _finish(self, account: LabelAccount) -> Outcome:
         self.lease.confirm()
-        sweep_foreign(self.folder, run_hashes=account.plan.run_hashes)
+        self._sweep_foreign(account.plan)
         if account.failure_rate > self.config.max_failure_rate:
             return Outcome(account=account.write("too many failures"), exit_code=EXIT_TOO_MANY_FAILURES)
         written = account.write("done")
         self.folder.put(SUCCESS, b"")
         return Outcome(account=written)
 
+    def _find_committed(self, plan: Plan, shards: list[Shard]) -> dict[int, Counts]:
+        parts = self.config.describe_parts(plan.resolved)
+        return find_committed(self.folder, shards, run_hashes=plan.run_hashes, parts=parts)
+
+    def _sweep_foreign(self, plan: Plan) -> None:
+        sweep_foreign(self.folder, run_hashes=plan.run_hashes, directory=self.config.directory)
+
     def _find_redo(self, plan: Plan, shards: list[Shard], committed: dict[int, Counts]) -> dict[int, int]:
         """How many rows of which shards are to be done again."""
         self.progress.show("looking for what has failed")
         stages = self.config.stages_to_retry
-        redo = find_failed(self.folder, shards, committed, run_hashes=plan.run_hashes, stages=stages)
+        parts = self.config.describe_parts(plan.resolved)
+        redo = find_failed(self.folder, shards, committed, run_hashes=plan.run_hashes, stages=stages, parts=parts)
         if redo:
             self.progress.notice(f"{sum(redo.values()):,} failed images in {len(redo):,} parts are done again")
         else:
@@ -379,26 +403,31 @@ class _Run:
 
     def _find_plan(self) -> Plan | None:
         """The plan to continue, or None where a new one is to be made."""
-        plan = plans.load_plan(self.folder)
+        plan = plans.load_plan(self.folder, job=self.config.job)
         was_replaced = plan is not None and plan.epoch < self.lease.epoch  # an overwrite was begun and not ended
         if self.config.overwrite or was_replaced:
             return None
         if plan is not None:
             self.config.refuse_changes(plan.given, plan.resolved)
-            sweep_foreign(self.folder, run_hashes=plan.run_hashes)
-        elif any(self.folder.list_names(PREDICTIONS_DIR)):
+            self._sweep_foreign(plan)
+        elif any(self.folder.list_names(self.config.directory)):
             raise OutputError(
                 f"output {self.config.output!r} has parts but no plan to continue; start anew with --overwrite"
             )
         return plan
 
-    def _make_plan(self, model: Model, *, precision: str) -> Plan:
+    def _make_plan(self, model: Model, fixed: dict[str, Any], *, precision: str) -> Plan:
         with self._timed("plan_s"):
             self._clear()  # not before everything that can be refused was looked at
             listing = self._list_images()
-        resolved = self._resolve(model, listing, precision)
+        resolved = self._resolve(model, fixed, listing, precision)
         return plans.seal_plan(
-            self.folder, listing, given=self.config.identity, resolved=resolved, epoch=self.lease.epoch
+            self.folder,
+            listing,
+            given=self.config.identity,
+            resolved=resolved,
+            epoch=self.lease.epoch,
+            job=self.config.job,
         )
 
     def _update_plan(self, plan: Plan) -> Plan:
@@ -413,10 +442,10 @@ class _Run:
 
     def _clear(self) -> None:
         """Make room for a new plan."""
-        plan = plans.load_plan(self.folder)
+        plan = plans.load_plan(self.folder, job=self.config.job)
         if self.config.overwrite and plan is not None:
             self.lease.begin_epoch(after=plan.epoch)
-        clear_run(self.folder)
+        clear_run(self.folder, directory=self.config.directory)
 
     def _list_images(self, plan: Plan | None = None) -> Listing:
         """Stream all images, or those that are not in `plan`, to disk, as a segment that is not sealed yet."""
@@ -434,10 +463,10 @@ class _Run:
         if inputs.skipped:
             progress.notice(f"passed over: {describe_counts(inputs.skipped)}")
         if inputs.num_repeated:
-            progress.notice(f"{inputs.num_repeated:,} images are named more than once, and labelled once")
+            progress.notice(f"{inputs.num_repeated:,} images are named more than once, and {config.outcome} once")
         return listing
 
-    def _resolve(self, model: Model, listing: Listing, precision: str) -> dict[str, Any]:
+    def _resolve(self, model: Model, fixed: dict[str, Any], listing: Listing, precision: str) -> dict[str, Any]:
         """The identity of the run with no `auto` left in it."""
         return {
             **self.config.identity,
@@ -445,14 +474,14 @@ class _Run:
             "weights": model.weights,
             "precision": precision,
             "shard_size": listing.shard_size,
-            "fixed": model.describe(),
+            "fixed": fixed,
         }
 
     # -----------------------------------------------------------------------------------------------------------
     # Model, scaling, and what the workers are told
 
-    def _refuse_other_model(self, model: Model, plan: Plan) -> None:
-        if (fixed := model.describe()) != plan.resolved["fixed"]:
+    def _refuse_other_model(self, fixed: dict[str, Any], plan: Plan) -> None:
+        if fixed != plan.resolved["fixed"]:
             changed = [name for name, value in fixed.items() if value != plan.resolved["fixed"].get(name)]
             raise OutputError(
                 f"output {self.config.output!r} holds a run of another {self.config.model!r}: {', '.join(changed)} "
@@ -498,14 +527,17 @@ class _Run:
         check_nodes(sight)
         return sight
 
-    def _describe_task(self, plan: Plan, model: Model, scaling: Scaling, sight: Sight | None) -> Task:
+    def _describe_task(
+        self, plan: Plan, model: Model, answer: Answer[Any], scaling: Scaling, sight: Sight | None
+    ) -> Task:
         from pipeline.storage.bucket import read_environment
+        from pipeline.worker import Task
 
         config = self.config
         batch_size = config.batch_size
         if batch_size == "auto":
             batch_size = GPU_BATCH_SIZE if scaling.gpus_per_worker else CPU_BATCH_SIZE
-        return config.make_task(
+        return Task(
             folder=self.folder,
             fence=self.lease.fence,
             run_id=plan.run_id,
@@ -515,6 +547,7 @@ class _Run:
             exif=config.exif,
             max_pixels=config.max_pixels,
             preprocess=config.preprocess,
+            answer=answer,
             batch_size=batch_size,
             retries=config.retries,
             timeout_s=config.timeout_per_image,
@@ -525,7 +558,9 @@ class _Run:
         )
 
     def _open_account(self, plan: Plan, committed: dict[int, Counts], redo: dict[int, int]) -> LabelAccount:
-        account = LabelAccount(self.folder, plan, committed, started=self.started, redo=redo)
+        account = LabelAccount(
+            self.folder, plan, committed, started=self.started, redo=redo, outcome=self.config.outcome
+        )
         account.timings = self.timings
         return account
 

@@ -25,7 +25,7 @@ def describe_forecast(config: ArchiveConfig) -> str:
     lines = [
         f"images  {num_images:,}" + (f", {num_unread:,} of them entries that cannot be read" if num_unread else ""),
         f"shards  {num_shards:,} of up to {largest:,} images",
-        f"disk    about {num_images * config.bytes_per_row / 1e6:,.1f} MB of {config.yields}",
+        f"disk    about {num_images * config.count_bytes() / 1e6:,.1f} MB of {config.yields}",
         f"time    {', '.join(hours)}",
         *(f"skipped {count:,} {kind}" for kind, count in inputs.skipped.most_common()),
     ]

@@ -96,12 +96,18 @@ class ModelConfig:
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
     """How pixels are interpolated, in place of the preset's way."""
 
-    def load_model(self, *, labels: str | None = None) -> Model:
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What takes the place of the model's own preset."""
+        return {name: getattr(self, name) for name in PRESET if getattr(self, name) is not None}
+
+    def load_model(self, *, labels: str | None = None, needs_names: bool = True) -> Model:
         """The model with the preset that the settings make; raises ModelError."""
         from pipeline.models import open_model  # here, since torch takes seconds to import
 
-        overrides = {name: getattr(self, name) for name in PRESET if getattr(self, name) is not None}
-        return open_model(self.model, weights=self.weights, labels=labels, overrides=overrides)
+        return open_model(
+            self.model, weights=self.weights, labels=labels, overrides=self.overrides, needs_names=needs_names
+        )
 
     def _check_model(self) -> Iterator[Check]:
         yield self.max_pixels < 1, f"--max-pixels {self.max_pixels}: must be at least 1"

@@ -24,16 +24,14 @@ from jobs.cli import leave, parse, run_command
 from jobs.forecast import describe_forecast
 from jobs.inputs import Check
 from jobs.pictures import show
-from pipeline.commit import PREDICTIONS_DIR
+from jobs.result import ArchiveResult, describe_result
 from pipeline.errors import ConfigError
-from pipeline.storage import as_filesystem, normalise
-from pipeline.terminal import format_seconds, quote_for_shell, quote_for_sql
+from pipeline.schema import PREDICTION_PARTS, Parts
+from pipeline.terminal import quote_for_shell, quote_for_sql
 
 if TYPE_CHECKING:
-    import pyarrow.dataset
-
+    from pipeline.answers import BestClasses
     from pipeline.models import Model
-    from pipeline.worker import Task
 
 # What a row takes in a part of 600 photographs with ImageNet classes, compressed.
 BYTES_PER_ROW: Final = 40
@@ -46,6 +44,8 @@ class LabelConfig(ArchiveConfig):
 
     job: ClassVar[str] = "label"
     yields: ClassVar[str] = "labels"
+    outcome: ClassVar[str] = PREDICTION_PARTS.outcome
+    directory: ClassVar[str] = PREDICTION_PARTS.directory
 
     # Labels
     labels: str | None = None
@@ -59,18 +59,23 @@ class LabelConfig(ArchiveConfig):
             raise ConfigError(f"--top-k {self.top_k}: model {self.model!r} has {model.num_classes} classes")
         return model
 
-    def make_task(self, **shared: Any) -> Task:
-        from pipeline.worker import Task
+    def open_answer(self, model: Model) -> BestClasses:
+        from pipeline.answers import BestClasses
 
-        return Task(top_k=self.top_k, **shared)
+        return BestClasses(self.top_k)
+
+    def describe_model(self, model: Model, answer: BestClasses) -> dict[str, Any]:
+        return model.describe()
+
+    def describe_parts(self, resolved: dict[str, Any]) -> Parts:
+        return PREDICTION_PARTS
+
+    def count_bytes(self) -> float:
+        return BYTES_PER_ROW + BYTES_PER_PREDICTION * self.top_k
 
     @property
     def identity_names(self) -> list[str]:
         return ["labels", "top_k", *SHARED_IDENTITY]
-
-    @property
-    def bytes_per_row(self) -> float:
-        return BYTES_PER_ROW + BYTES_PER_PREDICTION * self.top_k
 
     def _find_faults(self) -> Iterator[Check]:
         yield self.top_k < 1, f"--top-k {self.top_k}: must be at least 1"
@@ -82,34 +87,35 @@ class LabelConfig(ArchiveConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelResult:
-    """What a run left behind, and how it went."""
+class LabelResult(ArchiveResult):
+    """Where the labels of a run are, and how it went.
 
-    output: str
-    """The folder of the run."""
-    account: dict[str, Any]
-    """The content of run.json."""
-    exit_code: int
-    """0, or 3 where more images failed than --max-failure-rate allows."""
+    The rows of `dataset()` have the columns uri, label, label_id, score, predictions (the top k, best first), width and
+    height in pixels, size_bytes, target, error_stage, error, attempts, model and run_id. Of an image that failed,
+    `error` says why, and label, label_id, score and predictions are null.
+    """
+
+    directory: ClassVar[str] = PREDICTION_PARTS.directory
 
     @property
     def predictions(self) -> str:
         """The folder of the parts."""
-        return f"{self.output.rstrip('/')}/{PREDICTIONS_DIR}"
-
-    def dataset(self) -> pyarrow.dataset.Dataset:
-        """All rows, as a dataset that reads them from disk when they are asked for."""
-        import pyarrow.dataset as ds
-
-        filesystem, path = as_filesystem(normalise(self.predictions))
-        return ds.dataset(path, filesystem=filesystem, format="parquet")
+        return self.parts
 
 
 def run(config: LabelConfig, *, started: float | None = None) -> LabelResult:
     """Label all images of `config.inputs` into `config.output`, or continue where an earlier run ended.
 
-    `started` is when the user asked for it, in seconds since 1970, for the account of the run; by default, now.
-    Raises a PipelineError, which carries the exit code, where the command cannot be carried out or the run fails.
+    It runs on the Ray that this process is connected to, or else on the one at `config.address`, or one of its own.
+
+    Args:
+        config: the settings; `output` has to be among them.
+        started: when the user asked for it, in seconds since 1970, for the account of the run; by default, now.
+
+    Raises:
+        UsageError: the command cannot be carried out; `faults` has all the reasons, and nothing was started.
+        ClusterError: no Ray can be reached or started.
+        PipelineError: the run failed, or was stopped; what was committed is kept, and the same call goes on.
     """
     outcome = run_archive(config, started=started)
     return LabelResult(output=str(config.output), account=outcome.account, exit_code=outcome.exit_code)
@@ -117,36 +123,13 @@ def run(config: LabelConfig, *, started: float | None = None) -> LabelResult:
 
 def describe(result: LabelResult, config: LabelConfig) -> str:
     """The result in the words of a person."""
-    counts, throughput = result.account["counts"], result.account["throughput"]
-    took = format_seconds(throughput["seconds"])
-    speed = f", {throughput['images_per_s']:,} images/s" if throughput["images_per_s"] else ""
-    lines = [f"{counts['labelled']:,} of {counts['listed']:,} images labelled in {took}{speed}"]
-    lines += _describe_toll(result.account["invocations"][-1])
-    lines += [f"{number:>7,} failed: {kind}" for kind, number in result.account["failures"].items()]
-    if verified := result.account.get("verified"):
-        lines.append(f"verified {verified['parts']:,} parts: {verified['rows']:,} rows, one for each image of the plan")
-    if result.exit_code:
-        rate = counts["failed"] / counts["listed"]
-        lines.append(
-            f"{rate:.1%} failed, and --max-failure-rate is {config.max_failure_rate:.1%}: no _SUCCESS is written; "
-            f"the same command with a higher limit accepts the result"
-        )
     query = f"SELECT label, count(*) FROM {quote_for_sql(result.predictions)} GROUP BY label ORDER BY 2 DESC"
-    lines += [
+    lines = [
+        *describe_result(result, config),
         f"labels   {result.predictions}",
         f"read it  duckdb -c {quote_for_shell(query)}",
     ]
     return "\n".join(lines)
-
-
-def _describe_toll(invocation: dict[str, Any]) -> list[str]:
-    """What this invocation had to put right, if anything."""
-    replaced, careful = invocation.get("workers_replaced", 0), invocation.get("shards_done_with_care", {})
-    if not replaced and not careful:
-        return []
-    return [
-        f"workers that died and were replaced: {replaced:,}; shards that were then done with care: {len(careful):,}"
-    ]
 
 
 def main(arguments: list[str]) -> int:

@@ -22,7 +22,7 @@ from pipeline.storage import has_scheme
 from pipeline.submission import Place, Upload, check_resources, find_unreachable
 
 # The commands that do their work on a cluster, and their settings.
-SUBMITTABLE: Final = {"label": "LabelConfig", "finetune": "FinetuneConfig"}
+SUBMITTABLE: Final = {"label": "LabelConfig", "embed": "EmbedConfig", "finetune": "FinetuneConfig"}
 # Settings that name files or folders: those that every worker reads or writes, and those that the driver reads.
 _READ_BY_ALL: Final = ("inputs", "val", "output")
 _READ_BY_DRIVER: Final = ("model", "weights", "labels")

@@ -119,10 +119,10 @@ class Features(nn.Module):
     equal images have equal features.
     """
 
-    def __init__(self, network: nn.Module, head: Head) -> None:
+    def __init__(self, network: nn.Module, layer: nn.Module) -> None:
+        """`layer` is the network's head."""
         super().__init__()
-        weights: dict[int, object] = {id(t): t for t in (*network.parameters(), *network.buffers())}
-        self.backbone = copy.deepcopy(network, weights | {id(head.layer): _Exit()})
+        self.backbone = _replace_layer(network, layer, _Exit())
         self.eval()
 
     def train(self, mode: bool = True) -> Features:
@@ -140,13 +140,41 @@ class Features(nn.Module):
 class Embedding(Features):
     """The frozen backbone: images (B, 3, H, W) → one vector for each, (B, D), with maps averaged over their area."""
 
-    def __init__(self, network: nn.Module, head: Head) -> None:
-        super().__init__(network, head)
-        self.channels = 1 if isinstance(head.layer, nn.Conv2d) else -1
+    def __init__(self, network: nn.Module, layer: nn.Module) -> None:
+        super().__init__(network, layer)
+        self.channels = 1 if isinstance(layer, nn.Conv2d) else -1
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = super().forward(images)
         return features if features.ndim == 2 else features.movedim(self.channels, 1).flatten(2).mean(2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tap:
+    """Where a network's features are taken: what that layer, its head, is given."""
+
+    layer: str
+    """As in `named_modules()`."""
+    dimensions: int
+    """Numbers of an embedding."""
+
+
+def find_tap(network: nn.Module, crop: int) -> Tap:
+    """Find where features can be taken by running the network, on the meta device as well as on any other.
+
+    Raises ModelError where it has no head, or cannot do without it.
+    """
+    head = find_head(network, crop)
+    try:
+        vectors = Embedding(network, head.layer)(_draw_images(network, crop))
+    except Exception as error:  # networks complain with every type there is
+        raise ModelError(f"{type(network).__name__} cannot do without its last layer {head.name!r}: {error}") from error
+    return Tap(layer=head.name, dimensions=vectors.shape[1])
+
+
+def open_embedding(network: nn.Module, tap: Tap) -> Embedding:
+    """Images (B, 3, H, W) → (B, D) features, on the weights of the network."""
+    return Embedding(network, network.get_submodule(tap.layer))
 
 
 def split_head(network: nn.Module, head: Head, crop: int) -> tuple[Features, nn.Sequential]:
@@ -155,7 +183,7 @@ def split_head(network: nn.Module, head: Head, crop: int) -> tuple[Features, nn.
     Training the second trains the network's head. Raises ModelError where the network does more with the head's
     output than modules do, so that no module gives its logits.
     """
-    features = Features(network, head)
+    features = Features(network, head.layer)
     # Torchvision's dropout works in place, which would change the features for the next epoch.
     dropout = [nn.Dropout(head.dropout.p)] if head.dropout is not None else []
     classifier = nn.Sequential(*dropout, head.layer, *head.tail, nn.Flatten()).train(network.training)
@@ -172,6 +200,12 @@ def split_head(network: nn.Module, head: Head, crop: int) -> tuple[Features, nn.
 
 def _is_close(logits: Tensor, expected: Tensor) -> bool:
     return expected.is_meta or bool((logits - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _replace_layer(network: nn.Module, layer: nn.Module, other: nn.Module) -> nn.Module:
+    """A network of its own modules with the weights of `network`, and `other` in the place of one of its layers."""
+    weights: dict[int, object] = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, weights | {id(layer): other})
 
 
 class _Exit(nn.Module):

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models as zoo
 
 from pipeline.errors import ModelError
-from pipeline.heads import replace_head
+from pipeline.heads import Tap, find_tap, replace_head
 from pipeline.model_dir import is_model_dir, read_labels, read_model_dir
 from pipeline.presets import Preset
 from pipeline.weights import (
@@ -98,7 +98,12 @@ class Model:
 
 
 def open_model(
-    name: str, *, weights: str = "DEFAULT", labels: str | None = None, overrides: dict[str, Any] | None = None
+    name: str,
+    *,
+    weights: str = "DEFAULT",
+    labels: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    needs_names: bool = True,
 ) -> Model:
     """Find, load and check a model.
 
@@ -108,13 +113,38 @@ def open_model(
             drawn with a fixed seed.
         labels: a file with the categories, one a line, in place of those that come with the model.
         overrides: fields of the model's `Preset` to replace.
+        needs_names: whether its classes must have names; else they are numbers where none are known.
     """
     categories = read_labels(labels) if labels else None
     if is_model_dir(name):
         return _open_model_dir(name, weights, categories, overrides or {})
     if is_factory(name):
         return _open_factory(name, weights, categories, overrides or {})
-    return _open_registered(name, weights, categories, overrides or {})
+    return _open_registered(name, weights, categories, overrides or {}, needs_names=needs_names)
+
+
+def find_features(model: Model) -> Tap:
+    """Where the features before the model's classes are taken; raises ModelError where none can be told."""
+    network = model.build() if is_factory(model.architecture) else _build_hollow(model.architecture, model.arguments)
+    return _find_tap(model.name, network, model.preset.crop)
+
+
+def count_features(name: str, *, weights: str = "DEFAULT", overrides: dict[str, Any] | None = None) -> int:
+    """How many numbers the features of a model have, without a download."""
+    if is_model_dir(name) or is_factory(name):
+        return find_features(open_model(name, weights=weights, overrides=overrides)).dimensions
+    if name not in list_registered():
+        raise ModelError(describe_unknown(name))
+    members = zoo.get_model_weights(name).__members__
+    preset = replace(_preset_of(members[weights if weights in members else "DEFAULT"]), **(overrides or {}))
+    return _find_tap(name, _build_hollow(name, _find_arguments(name, preset)), preset.crop).dimensions
+
+
+def _find_tap(name: str, network: nn.Module, crop: int) -> Tap:
+    try:
+        return find_tap(network, crop)
+    except ModelError as error:
+        raise ModelError(f"model {name!r} has no features that could be told from its classes: {error}") from error
 
 
 def adapt_model(model: Model, categories: tuple[str, ...], *, seed: int) -> Model:
@@ -161,7 +191,9 @@ def list_registered() -> list[str]:
 # The three kinds of models
 
 
-def _open_registered(name: str, weights: str, labels: tuple[str, ...] | None, overrides: dict[str, Any]) -> Model:
+def _open_registered(
+    name: str, weights: str, labels: tuple[str, ...] | None, overrides: dict[str, Any], *, needs_names: bool
+) -> Model:
     if name not in list_registered():
         raise ModelError(describe_unknown(name))
     members = zoo.get_model_weights(name).__members__
@@ -175,9 +207,7 @@ def _open_registered(name: str, weights: str, labels: tuple[str, ...] | None, ov
     categories = labels or tuple(own_categories)
 
     preset = replace(_preset_of(entry), **overrides)
-    arguments = dict(_ARGUMENTS.get(name, {}))
-    if name.startswith("vit_"):
-        arguments["image_size"] = preset.crop  # a vision transformer is built for one size
+    arguments = _find_arguments(name, preset)
     if weights.lower() == "none":
         if len(categories) != len(own_categories):
             arguments["num_classes"] = len(categories)
@@ -190,6 +220,8 @@ def _open_registered(name: str, weights: str, labels: tuple[str, ...] | None, ov
     if arguments.get("aux_logits") is False:
         state = keep_metadata(state, {k: v for k, v in state.items() if not _AUXILIARY.match(k)})
     num_classes = _count_classes(name, arguments, state, default=len(own_categories))
+    if num_classes != len(categories) and not needs_names:
+        categories = tuple(map(str, range(num_classes)))
     if num_classes != len(categories):
         raise ModelError(_describe_class_count(path, num_classes, len(categories), has_labels=labels is not None))
     if num_classes != len(own_categories):
@@ -206,6 +238,14 @@ def _open_registered(name: str, weights: str, labels: tuple[str, ...] | None, ov
             state=_pack(name, arguments, state, path),
         )
     )
+
+
+def _find_arguments(name: str, preset: Preset) -> dict[str, Any]:
+    """What a registered model is built with."""
+    arguments = dict(_ARGUMENTS.get(name, {}))
+    if name.startswith("vit_"):
+        arguments["image_size"] = preset.crop  # a vision transformer is built for one size
+    return arguments
 
 
 def _open_model_dir(path: str, weights: str, labels: tuple[str, ...] | None, overrides: dict[str, Any]) -> Model:
@@ -304,6 +344,11 @@ def _build_network(architecture: str, arguments: dict[str, Any]) -> nn.Module:
         return _call(partial(zoo.get_model, architecture), architecture, arguments)
 
 
+def _build_hollow(architecture: str, arguments: dict[str, Any]) -> nn.Module:
+    """A registered network on the meta device, where running it costs nothing."""
+    return _build_network(architecture, arguments).to("meta")
+
+
 class _EmptyLayers(TorchFunctionMode):
     """Layers make their parameters on the meta device, which takes no memory, and no time to initialise.
 
@@ -372,7 +417,7 @@ def _fit_classes(network: nn.Module, num_classes: int, crop: int, *, seed: int =
 
 def _check(model: Model) -> Model:
     """Try the forward pass on the meta device, so that a crop which the network cannot take is known at once."""
-    network = _build_network(model.architecture, model.arguments).to("meta")
+    network = _build_hollow(model.architecture, model.arguments)
     num_classes = _count_scores(model.name, network, model.preset.crop)
     if num_classes != model.num_classes:
         raise ModelError(

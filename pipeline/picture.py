@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from pipeline.answers import BestClasses
 from pipeline.decode import Exif
 from pipeline.errors import ImageError
 from pipeline.fetch import Fetcher
@@ -48,7 +49,7 @@ def label_pictures(
     retries: int,
 ) -> Iterator[LabelledPicture]:
     """Label the files at `paths` in their order, on the CPU."""
-    predictor = Predictor(model, precision=precision, top_k=top_k)
+    predictor = Predictor(model, BestClasses(top_k), precision=precision)
     fetcher = Fetcher(retries=retries)
     opening = Opening(preset=model.preset, preprocess=preprocess, exif=exif, max_pixels=max_pixels)
     for path in paths:

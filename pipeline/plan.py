@@ -33,6 +33,8 @@ from pipeline.storage import Folder
 from pipeline.storage.uri import container_of
 
 FORMAT: Final = 2
+# What a plan is for that does not say so.
+LABEL: Final = "label"
 PLAN_DIR: Final = "_nightshift/plan"
 SEAL: Final = f"{PLAN_DIR}/plan.json"
 
@@ -88,6 +90,8 @@ class Plan:
     """The settings as the user gave them."""
     resolved: dict[str, Any]
     """The settings as they are used: no `auto` is left."""
+    job: str = LABEL
+    """The command that it is for."""
     format: int = FORMAT
 
     @property
@@ -158,9 +162,18 @@ def write_listing(
     )
 
 
-def seal_plan(folder: Folder, listing: Listing, *, given: dict[str, Any], resolved: dict[str, Any], epoch: int) -> Plan:
+def seal_plan(
+    folder: Folder,
+    listing: Listing,
+    *,
+    given: dict[str, Any],
+    resolved: dict[str, Any],
+    epoch: int,
+    job: str = LABEL,
+) -> Plan:
     """Freeze a listing together with its settings; from here on the run has an id."""
-    return _seal(folder, Plan(run_id=make_run_id(), epoch=epoch, segments=(listing,), given=given, resolved=resolved))
+    plan = Plan(run_id=make_run_id(), epoch=epoch, segments=(listing,), given=given, resolved=resolved, job=job)
+    return _seal(folder, plan)
 
 
 def make_run_id() -> str:
@@ -176,7 +189,7 @@ def extend_plan(folder: Folder, plan: Plan, listing: Listing) -> Plan:
 def _seal(folder: Folder, plan: Plan) -> Plan:
     folder.put(SEAL, json.dumps(asdict(plan), indent=1).encode())
     # Read back, so that a first run and its resumption see the same values (JSON has no tuples).
-    return load_plan(folder) or plan
+    return load_plan(folder, job=plan.job) or plan
 
 
 class Units:
@@ -262,9 +275,9 @@ def _shards_name(segment: int) -> str:
 # Reading a plan
 
 
-def load_plan(folder: Folder) -> Plan | None:
+def load_plan(folder: Folder, *, job: str = LABEL) -> Plan | None:
     """The sealed plan in `folder`, or None where there is none; raises OutputError where it is of another kind."""
-    fields = read_seal(folder, job="label", format=FORMAT)
+    fields = read_seal(folder, job=job, format=FORMAT)
     if fields is None:
         return None
     return Plan(**{**fields, "segments": tuple(Listing(**listing) for listing in fields["segments"])})
@@ -281,8 +294,10 @@ def read_seal(folder: Folder, *, job: str, format: int) -> dict[str, Any] | None
             f"the plan in {folder.locate()!r} is damaged ({error}), and without it nobody can tell what its parts "
             f"are of; delete the folder, or name another output"
         ) from error
-    if (found := fields.get("job", "label")) != job:
-        raise OutputError(f"{folder.locate()!r} holds a run of `nightshift {found}`; name another output")
+    if (found := fields.get("job", LABEL)) != job:
+        raise OutputError(
+            f"{folder.locate()!r} holds a run of `nightshift {found}`, and not of `{job}`; name another output"
+        )
     if (found := fields.get("format")) != format:
         raise OutputError(
             f"{folder.locate()!r} holds a plan of format {found}, and this nightshift knows {format}: continue it "

@@ -1,16 +1,15 @@
-"""A model on a device: batches of pixels → the top k classes of each image. No Ray here."""
+"""A model on a device: batches of pixels → the answer to each image. No Ray here."""
 
 from __future__ import annotations
 
 import os
 import threading
-from typing import Final, Literal, NamedTuple
+from typing import Final, Generic, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.answers import Answer, Kept
 from pipeline.errors import WorkerError
 from pipeline.models import Model
 from pipeline.presets import Normalise
@@ -41,35 +40,26 @@ _DEVICE_LOST: Final = (
 )
 
 
-class TopK(NamedTuple):
-    """The best k classes of B images, best first."""
-
-    scores: NDArray[np.float32]  # (B, k), softmax over all classes; not finite where the model's output was not
-    label_ids: NDArray[np.int32]  # (B, k)
-
-
-class Predictor:
+class Predictor(Generic[Kept]):
     """A network that is ready on its device; safe to be called from several threads, one batch at a time."""
 
-    def __init__(self, model: Model, *, device: str = "cpu", precision: Precision = "fp32", top_k: int = 5) -> None:
+    def __init__(
+        self, model: Model, answer: Answer[Kept], *, device: str = "cpu", precision: Precision = "fp32"
+    ) -> None:
         self.device = open_device(device, precision)
-        self.top_k = top_k
+        self.answer = answer
         self._precision = precision
         self._lock = threading.Lock()
-        self._network = nn.Sequential(Normalise(model.preset), model.build()).eval()
+        self._network = nn.Sequential(Normalise(model.preset), answer.build(model)).eval()
         self._network.to(self.device).to(memory_format=torch.channels_last)
 
-    def __call__(self, pixels: Tensor) -> TopK:
-        """(B, 3, H, W) uint8 → the top k of each image; the softmax is in float32 whatever the precision."""
+    def __call__(self, pixels: Tensor) -> Kept:
+        """(B, 3, H, W) uint8 → what is kept of each image; what follows the network is in float32 in any case."""
         with self._lock, torch.inference_mode():
             with autocast(self.device, self._precision):
                 batch = pixels.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-                logits = self._network(batch)
-            logits = logits.float()
-            # Ordered by logit: equal scores, as a saturated softmax gives them, are then still told apart.
-            label_ids = logits.topk(self.top_k, dim=1).indices
-            scores = logits.softmax(dim=1).gather(1, label_ids)
-            return TopK(scores.cpu().numpy(), label_ids.to(torch.int32).cpu().numpy())
+                outputs = self._network(batch)
+            return self.answer.keep(outputs.float())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from pipeline import schema
 from pipeline.commit import Counts, commit_part, count_rows, part_path
 from pipeline.errors import WorkerError
 from pipeline.plan import Shard, read_images
+from pipeline.schema import PREDICTION_PARTS, Parts
 from pipeline.sources import ListedImage
 from pipeline.storage import Folder
 
@@ -49,12 +50,13 @@ def find_failed(
     *,
     run_hashes: Sequence[str],
     stages: tuple[str, ...],
+    parts: Parts = PREDICTION_PARTS,
 ) -> dict[int, int]:
     """How many rows of each committed shard failed in one of `stages`, for those that have some."""
     candidates = [shard for shard in shards if shard.index in committed and committed[shard.index].num_failed]
 
     def count(shard: Shard) -> int:
-        with folder.open_read(part_path(shard, run_hashes)) as file:
+        with folder.open_read(part_path(shard, run_hashes, parts=parts)) as file:
             table = pq.read_table(file, columns=["error_stage"])
         return int(_select(table, stages).sum())
 
@@ -63,10 +65,17 @@ def find_failed(
     return {shard.index: number for shard, number in zip(candidates, counts, strict=True) if number}
 
 
-def read_work(folder: Folder, shard: Shard, *, run_hashes: Sequence[str], redo: Redo | None) -> list[ListedImage]:
+def read_work(
+    folder: Folder,
+    shard: Shard,
+    *,
+    run_hashes: Sequence[str],
+    redo: Redo | None,
+    parts: Parts = PREDICTION_PARTS,
+) -> list[ListedImage]:
     """The images of a shard that there is something to do with, in the order of the plan."""
     images = read_images(folder, shard)
-    part = _open_part(folder, shard, run_hashes, redo)
+    part = _open_part(folder, shard, run_hashes, redo, parts)
     if part is None:
         return images
     errors = part.rows.column("error")
@@ -77,17 +86,23 @@ def read_work(folder: Folder, shard: Shard, *, run_hashes: Sequence[str], redo: 
 
 
 def commit_work(
-    folder: Folder, shard: Shard, rows: pa.Table, *, run_hashes: Sequence[str], redo: Redo | None
+    folder: Folder,
+    shard: Shard,
+    rows: pa.Table,
+    *,
+    run_hashes: Sequence[str],
+    redo: Redo | None,
+    parts: Parts = PREDICTION_PARTS,
 ) -> Counts:
     """Publish the rows of a shard; where its part stands already, in the place of those that had failed."""
     run_hash = run_hashes[shard.segment]
-    part = _open_part(folder, shard, run_hashes, redo)
+    part = _open_part(folder, shard, run_hashes, redo, parts)
     if part is None:
-        return commit_part(folder, shard, rows, run_hash=run_hash)
+        return commit_part(folder, shard, rows, run_hash=run_hash, parts=parts)
     assert redo is not None
     if not len(part.failed):  # this invocation has done it already, and Ray sent it once more
         return count_rows(part.rows)
-    return commit_part(folder, shard, part.replace_failed(rows), run_hash=run_hash, redo=redo.token)
+    return commit_part(folder, shard, part.replace_failed(rows), run_hash=run_hash, redo=redo.token, parts=parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,26 +115,26 @@ class _Part:
         if rows.column("uri").to_pylist() != self.rows.column("uri").take(self.failed).to_pylist():
             raise WorkerError("the failed rows of a part have changed while they were done again")
         attempts = pc.add(rows.column("attempts"), self.rows.column("attempts").take(self.failed))
-        rows = rows.set_column(
-            schema.PREDICTIONS.get_field_index("attempts"), schema.PREDICTIONS.field("attempts"), attempts
-        )
+        rows = rows.set_column(rows.schema.get_field_index("attempts"), rows.schema.field("attempts"), attempts)
         order = np.arange(self.rows.num_rows)
         order[self.failed] = self.rows.num_rows + np.arange(len(self.failed))
         return pa.concat_tables([self.rows, rows]).take(order)
 
 
-def _open_part(folder: Folder, shard: Shard, run_hashes: Sequence[str], redo: Redo | None) -> _Part | None:
+def _open_part(
+    folder: Folder, shard: Shard, run_hashes: Sequence[str], redo: Redo | None, parts: Parts
+) -> _Part | None:
     """The part of a shard and which of its rows are to be done again, or None where all of the shard is to be done."""
     if redo is None:
         return None
     try:
-        with folder.open_read(part_path(shard, run_hashes)) as file:
+        with folder.open_read(part_path(shard, run_hashes, parts=parts)) as file:
             table = pq.read_table(file)
     except FileNotFoundError:
         return None
     is_done = (table.schema.metadata or {}).get(schema.META_REDO) == redo.token.encode()
     failed = np.flatnonzero(np.zeros(table.num_rows, bool) if is_done else _select(table, redo.stages))
-    return _Part(table.replace_schema_metadata(None).cast(schema.PREDICTIONS), failed)
+    return _Part(table.replace_schema_metadata(None).cast(parts.columns), failed)
 
 
 def _select(table: pa.Table, stages: tuple[str, ...]) -> NDArray[np.bool_]:

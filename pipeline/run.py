@@ -2,7 +2,7 @@
 
 OUT/run.json     what was asked, how it was resolved, what came out; refreshed while the run goes on
 OUT/_SUCCESS     empty, written last
-OUT/predictions  the parts
+OUT/predictions  the parts of `label`; those of `embed` are in OUT/embeddings
 OUT/_nightshift  plan, lease, logs, unfinished files
 """
 
@@ -36,6 +36,7 @@ from pipeline.errors import (
 )
 from pipeline.lease import HeldLease
 from pipeline.plan import PLAN_DIR, Plan
+from pipeline.schema import PREDICTION_PARTS
 from pipeline.secrets import mask
 from pipeline.storage import (
     Folder,
@@ -151,23 +152,25 @@ def find_finished(folder: Folder, *, job: str) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None  # the parts are still there: the run is finished once more from them
     if (found := account.get("job", job)) != job:
-        raise OutputError(f"{folder.locate()!r} holds a run of `nightshift {found}`; name another output")
+        raise OutputError(
+            f"{folder.locate()!r} holds a run of `nightshift {found}`, and not of `{job}`; name another output"
+        )
     return account
 
 
-def clear_run(folder: Folder) -> None:
+def clear_run(folder: Folder, *, directory: str = PREDICTION_PARTS.directory) -> None:
     """Delete what an earlier run left here, and nothing else.
 
     The plan goes last: as long as it stands, with an epoch before that of the lease, this is known to be unfinished.
     """
     folder.delete(SUCCESS)
     folder.delete(RUN)
-    sweep_foreign(folder, run_hashes=())
+    sweep_foreign(folder, run_hashes=(), directory=directory)
     folder.delete_tree(PLAN_DIR)
 
 
 def refuse_changes(given: Settings, *, stored_given: Settings, stored_resolved: Settings, output: str) -> None:
-    """Raise OutputError, with the difference, where `given` would label differently than the run that is there.
+    """Raise OutputError, with the difference, where `given` would make other rows than the run that is there.
 
     A setting is unchanged if it is given as before, or given as the value that it was resolved to before.
     """
@@ -259,9 +262,7 @@ class Account:
 
 
 class LabelAccount(Account):
-    """The account of a labelling run."""
-
-    job = "label"
+    """The account of a run that labels an archive, or makes one row an image in another way."""
 
     def __init__(
         self,
@@ -271,9 +272,15 @@ class LabelAccount(Account):
         *,
         started: float,
         redo: Mapping[int, int] | None = None,
+        outcome: str = PREDICTION_PARTS.outcome,
     ) -> None:
-        """Start from what earlier invocations have committed; `redo` says how many rows of which are done again."""
+        """Start from what earlier invocations have committed; `redo` says how many rows of which are done again.
+
+        `outcome` is what becomes of an image that does not fail, in one word.
+        """
         super().__init__(folder, plan.run_id, given=plan.given, resolved=plan.resolved, started=started)
+        self.job = plan.job
+        self.outcome = outcome
         self.plan = plan
         self.toll = Toll()
         self.counts = Counts()
@@ -372,7 +379,7 @@ class LabelAccount(Account):
         return {
             "counts": {
                 "listed": self.plan.num_images,
-                "labelled": self.counts.labelled,
+                self.outcome: self.counts.labelled,
                 "failed": self.counts.num_failed,
             },
             "failures": dict(self.counts.failed.most_common()),

@@ -66,7 +66,7 @@ def _read_account(account: dict[str, Any], *, is_at_work: bool) -> Standing:
         done, total = account["epochs"], account["config"]["resolved"]["recipe"]["epochs"]
         num_left, failed, unit = (total - done) * counts["train"], counts["unusable"], "epochs"
     else:
-        done, total = counts["labelled"] + counts["failed"], counts["listed"]
+        done, total = sum(counts.values()) - counts["listed"], counts["listed"]
         num_left, failed, unit = total - done, counts["failed"], "images"
     left_s = num_left / speed if is_at_work and speed and num_left else None
     return Standing(

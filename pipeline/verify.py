@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema
-from pipeline.commit import PREDICTIONS_DIR, part_path
+from pipeline.commit import part_path
 from pipeline.plan import Plan, Shard, read_shard_uris, read_shards
+from pipeline.schema import PREDICTION_PARTS, Parts
 from pipeline.storage import Folder, is_from_store
 
 # Each holds a row group of a part: 70 MB where that is a large one.
@@ -57,24 +58,30 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify_run(folder: Folder, plan: Plan, *, tell: Callable[[int], None] = lambda num_parts: None) -> Verification:
+def verify_run(
+    folder: Folder,
+    plan: Plan,
+    *,
+    parts: Parts = PREDICTION_PARTS,
+    tell: Callable[[int], None] = lambda num_parts: None,
+) -> Verification:
     """Read every part: its checksums, its rows against the plan's, one each, and what its footer says of them.
 
     Raises OSError where a part cannot be read just now, which says nothing about it.
     """
     found = Verification()
-    standing = set(folder.list_names(PREDICTIONS_DIR))
+    standing = set(folder.list_names(parts.directory))
     shards = read_shards(folder, plan)
 
     def examine(shard: Shard) -> str | None:
-        name = part_path(shard, plan.run_hashes)
-        if name.removeprefix(f"{PREDICTIONS_DIR}/") not in standing:
+        name = part_path(shard, plan.run_hashes, parts=parts)
+        if name.removeprefix(f"{parts.directory}/") not in standing:
             return _MISSING
-        return _find_damage(folder, shard, name, plan.run_hashes[shard.segment])
+        return _find_damage(folder, shard, name, plan.run_hashes[shard.segment], parts)
 
     with ThreadPoolExecutor(_THREADS) as threads:
         for number, (shard, fault) in enumerate(zip(shards, threads.map(examine, shards), strict=True), 1):
-            name = part_path(shard, plan.run_hashes).removeprefix(f"{PREDICTIONS_DIR}/")
+            name = part_path(shard, plan.run_hashes, parts=parts).removeprefix(f"{parts.directory}/")
             if fault is None:
                 found.num_parts += 1
                 found.num_rows += shard.num_images
@@ -91,7 +98,7 @@ def verify_run(folder: Folder, plan: Plan, *, tell: Callable[[int], None] = lamb
 _MISSING: Final = "missing"
 
 
-def _find_damage(folder: Folder, shard: Shard, name: str, run_hash: str) -> str | None:
+def _find_damage(folder: Folder, shard: Shard, name: str, run_hash: str, parts: Parts = PREDICTION_PARTS) -> str | None:
     """What is wrong with a part, or None."""
     planned = read_shard_uris(folder, shard)
     try:
@@ -101,7 +108,7 @@ def _find_damage(folder: Folder, shard: Shard, name: str, run_hash: str) -> str 
         ):
             if (file.metadata.metadata or {}).get(schema.META_RUN_HASH) != run_hash.encode():
                 return "its footer is of another run"
-            if not file.schema_arrow.equals(schema.PREDICTIONS):
+            if not file.schema_arrow.equals(parts.columns):
                 return "its columns are not those of a part"
             if file.metadata.num_rows != shard.num_images:
                 return f"it has {file.metadata.num_rows:,} rows, and its shard has {shard.num_images:,} images"

@@ -19,15 +19,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import schema
+from pipeline.answers import Answer, find_finite, join, pick
 from pipeline.attempts import UNRECORDED, Attempt, Care, Step
 from pipeline.commit import Counts
 from pipeline.decode import Exif, Size
@@ -38,7 +37,7 @@ from pipeline.lease import Fence
 from pipeline.log import LOGGER, at, warn_of_images
 from pipeline.models import Model
 from pipeline.plan import Shard
-from pipeline.predict import Precision, Predictor, TopK, is_device_lost, is_out_of_memory
+from pipeline.predict import Precision, Predictor, is_device_lost, is_out_of_memory
 from pipeline.presets import Preprocess, Preset
 from pipeline.redo import Redo, commit_work, read_work
 from pipeline.sight import Sight
@@ -74,7 +73,8 @@ class Task:
     exif: Exif
     max_pixels: int
     preprocess: Preprocess
-    top_k: int
+    answer: Answer[Any]
+    """What is kept of each image."""
     batch_size: int
     retries: int
     timeout_s: float = 60.0
@@ -165,7 +165,8 @@ class Decoder:
                 yield self._to_batch(batch)
 
     def _read_work(self, shard: Shard) -> list[ListedImage]:
-        return read_work(self.task.folder, shard, run_hashes=self.task.run_hashes, redo=self.task.redo)
+        task = self.task
+        return read_work(task.folder, shard, run_hashes=task.run_hashes, redo=task.redo, parts=task.answer.parts)
 
     def _open_watched(self, content: bytes) -> tuple[Size, Tensor]:
         with self._watch(self.task.timeout_s, f"an image was not decoded within {self.task.timeout_s:g} s", None):
@@ -235,7 +236,9 @@ class Labeller:
         task.prepare_process()
         self.task = task
         self.model = model
-        self.predictor = Predictor(model, device=device, precision=task.precision, top_k=task.top_k)
+        self.answer = task.answer
+        self.parts = task.answer.parts
+        self.predictor = Predictor(model, task.answer, device=device, precision=task.precision)
         self._watch = watch
         self._turn = threading.Lock()
         self._most_at_once = sys.maxsize
@@ -260,8 +263,15 @@ class Labeller:
         attempt.enter(None)  # no image is to blame for what comes now
         warn_of_images(failures, shard=shard.index)
         self._check_fence()
-        rows = pa.concat_tables(tables) if tables else schema.PREDICTIONS.empty_table()
-        counts = commit_work(self.task.folder, shard, rows, run_hashes=self.task.run_hashes, redo=self.task.redo)
+        rows = pa.concat_tables(tables) if tables else self.parts.columns.empty_table()
+        counts = commit_work(
+            self.task.folder,
+            shard,
+            rows,
+            run_hashes=self.task.run_hashes,
+            redo=self.task.redo,
+            parts=self.parts,
+        )
         return Done(
             shard=shard.index,
             counts=counts,
@@ -286,7 +296,7 @@ class Labeller:
     def _predict(self, batch: DecodedBatch, first: int, attempt: Attempt) -> pa.Table:
         """`first` is the position of the batch in its shard."""
         decoded = [(first + i, row) for i, row in enumerate(batch.rows) if row.error is None]
-        best = [_no_predictions(self.task.top_k)]
+        kept = [self.answer.fill(0)]
         for start, count in attempt.care.divide(first, first + len(batch.rows), size=len(batch.rows)):
             step = Step("predict", start, count)
             chosen = [i for i, (position, _) in enumerate(decoded) if start <= position < start + count]
@@ -296,45 +306,43 @@ class Labeller:
             chosen = [i for i in chosen if decoded[i][1].error is None]
             if chosen:
                 pixels = batch.pixels if len(chosen) == len(decoded) else batch.pixels[chosen]
-                best.append(self._run_model(pixels, [decoded[i][1] for i in chosen], step, attempt))
-        return self._to_table(
-            batch.rows, TopK(np.concatenate([b.scores for b in best]), np.concatenate([b.label_ids for b in best]))
-        )
+                kept.append(self._run_model(pixels, [decoded[i][1] for i in chosen], step, attempt))
+        return self._to_table(batch.rows, join(kept))
 
-    def _run_model(self, pixels: Tensor, rows: list[ImageRow], step: Step, attempt: Attempt) -> TopK:
-        """The top k of those images that the model has some for; the rows of the others say why not."""
+    def _run_model(self, pixels: Tensor, rows: list[ImageRow], step: Step, attempt: Attempt) -> Any:
+        """The answers for those images that the model has some for; the rows of the others say why not."""
         limit_s = self.task.timeout_s * min(step.count, _BATCH_ALLOWANCE)
-        cause = f"Timeout: not labelled within {limit_s:g} s (--timeout-per-image)"
+        cause = f"Timeout: not {self.parts.outcome} within {limit_s:g} s (--timeout-per-image)"
         with self._turn:  # here, so that neither the record nor the watch counts the time of another shard's batch
             attempt.enter(step)
             with self._watch(limit_s, cause, partial(attempt.blame, step, cause)):
                 try:
-                    best = self._fit_into_memory(pixels, rows)
+                    kept = self._fit_into_memory(pixels, rows)
                 except Exception as error:  # the boundary: whatever PyTorch raises, a lost device is told by its text
                     if is_device_lost(error):
                         attempt.blame(step, f"DeviceError: {str(error).splitlines()[0]}")
                         raise LostDevice(str(error)) from error
                     raise
-        is_finite: NDArray[np.bool_] = np.asarray(np.isfinite(best.scores).all(axis=1))
+        is_finite = find_finite(kept)
         for row, is_number in zip(rows, is_finite, strict=True):
             if not is_number and row.error is None:
-                row.fail("predict", "NonFiniteScore: the model's output for this image is no number")
-        return TopK(best.scores[is_finite], best.label_ids[is_finite])
+                row.fail("predict", self.answer.not_finite)
+        return pick(kept, is_finite)
 
-    def _fit_into_memory(self, pixels: Tensor, rows: list[ImageRow]) -> TopK:
-        """The top k, of as many images at once as there is memory for; not finite where there is none for one image."""
-        parts: list[TopK] = []
+    def _fit_into_memory(self, pixels: Tensor, rows: list[ImageRow]) -> Any:
+        """The answers, for as many images at once as there is memory for; not finite where there is none for one."""
+        kept: list[Any] = []
         first = 0
         while first < len(pixels):
             part = pixels[first : first + self._most_at_once]
             try:
-                best = self.predictor(part)
+                answers = self.predictor(part)
             except Exception as error:  # the boundary: each allocator has its own type and text
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             else:
-                parts.append(best)
+                kept.append(answers)
                 first += len(part)
                 continue
             # Only now, when the exception no longer keeps the tensors of its frames.
@@ -345,40 +353,22 @@ class Labeller:
                 LOGGER.warning("no memory for %d images at once, so %d from now on", len(part), self._most_at_once)
                 continue
             rows[first].fail("predict", f"OutOfMemory: {reason}")
-            parts.append(
-                TopK(np.full((1, self.task.top_k), np.nan, np.float32), np.zeros((1, self.task.top_k), np.int32))
-            )
+            kept.append(self.answer.fill(1))
             first += 1
-        return TopK(np.concatenate([p.scores for p in parts]), np.concatenate([p.label_ids for p in parts]))
+        return join(kept)
 
-    def _to_table(self, rows: list[ImageRow], best: TopK) -> pa.Table:
-        """The rows with the predictions of those among them that have no error."""
-        count, k = len(rows), self.task.top_k
+    def _to_table(self, rows: list[ImageRow], kept: Any) -> pa.Table:
+        """The rows, with the answers of those among them that have no error."""
         failed = np.array([row.error is not None for row in rows])
-        categories = pa.array(self.model.categories, pa.string())
-        label_ids = pa.array(best.label_ids.ravel(), pa.int32())
-        predictions = pa.StructArray.from_arrays(
-            [categories.take(label_ids), label_ids, pa.array(best.scores.ravel(), pa.float32())],
-            fields=list(schema.PREDICTION),
-        )
-        offsets = np.concatenate([[0], np.cumsum(np.where(failed, 0, k))]).astype(np.int32)
-        first = pa.array(np.where(failed, 0, offsets[:-1]), pa.int32(), mask=failed)
         columns = {
-            "predictions": pa.ListArray.from_arrays(offsets, predictions, mask=pa.array(failed)),
-            "label": predictions.field("label").take(first),
-            "label_id": predictions.field("label_id").take(first),
-            "score": predictions.field("score").take(first),
-            "model": pa.repeat(self.model.name, count),
-            "run_id": pa.repeat(self.task.run_id, count),
+            **self.answer.to_columns(kept, failed, self.model),
+            "model": pa.repeat(self.model.name, len(rows)),
+            "run_id": pa.repeat(self.task.run_id, len(rows)),
         }
         arrays = [
             columns[field.name]
             if field.name in columns
             else pa.array([getattr(r, field.name) for r in rows], field.type)
-            for field in schema.PREDICTIONS
+            for field in self.parts.columns
         ]
-        return pa.Table.from_arrays(arrays, schema=schema.PREDICTIONS)
-
-
-def _no_predictions(k: int) -> TopK:
-    return TopK(np.empty((0, k), np.float32), np.empty((0, k), np.int32))
+        return pa.Table.from_arrays(arrays, schema=self.parts.columns)

@@ -28,6 +28,7 @@ from jobs.cli import parse
 from jobs.demo import CATEGORIES, MODEL_DIR, DemoConfig, Digit
 from jobs.finetune import FinetuneConfig
 from jobs.label import LabelConfig
+from pipeline.answers import BestClasses
 from pipeline.decode import decode
 from pipeline.errors import ConfigError, DecodeError, OutputError
 from pipeline.models import Model, open_model
@@ -101,7 +102,7 @@ def test_model_directory_knows_the_categories_by_name(model: Model) -> None:
 def test_model_reads_held_out_digits(model: Model, held_out: list[Digit]) -> None:
     known = [digit for digit in held_out if digit.name in demo.KNOWN]
     pixels = torch.stack([model.preset.exact(decode(digit.png)) for digit in known])
-    label_ids = Predictor(model, precision="fp32", top_k=1)(pixels).label_ids[:, 0]
+    label_ids = Predictor(model, BestClasses(1), precision="fp32")(pixels).label_ids[:, 0]
     right = [CATEGORIES[label_id] == digit.name for label_id, digit in zip(label_ids, known, strict=True)]
     assert right.count(True) / len(right) >= demo.MIN_ACCURACY
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.answers import BestClasses
 from pipeline.attempts import ATTEMPTS_DIR
 from pipeline.models import open_model
 from pipeline.pixels import Opening
@@ -119,7 +120,7 @@ def check_labels(output: Path, paths: list[str], *, failed: dict[int, tuple[str,
     """Each image is one row, and has the labels that nothing in the way would have given it."""
     os.chdir(TESTS)
     model = open_model("poison:make_harmless", overrides={"crop": 64, "resize": 64})
-    predictor = Predictor(model)
+    predictor = Predictor(model, BestClasses())
     opening = Opening(preset=model.preset, preprocess="exact", exif="ignore", max_pixels=10**6)
     rows = ds.dataset(output / "predictions").to_table().sort_by("uri").to_pylist()
     assert [row["uri"] for row in rows] == paths

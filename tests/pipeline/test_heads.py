@@ -111,12 +111,12 @@ def test_features_are_what_the_last_layer_is_given(family):
     given = []
     with torch.inference_mode(), head.layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
         network(images)
-    assert torch.equal(Features(network, head)(images), given[0])
+    assert torch.equal(Features(network, head.layer)(images), given[0])
 
 
 def test_embedding_is_a_vector_of_the_features_that_the_head_takes(family):
     network, head, images = family
-    assert Embedding(network, head)(images).shape == (2, head.layer.weight.shape[1])
+    assert Embedding(network, head.layer)(images).shape == (2, head.layer.weight.shape[1])
 
 
 def test_embedding_averages_the_maps_before_a_convolution():
@@ -124,12 +124,12 @@ def test_embedding_averages_the_maps_before_a_convolution():
     head, images = find_head(network, 64), draw(2, 64)
     maps = network.features(images)
     assert maps.shape[2:] == (3, 3)
-    torch.testing.assert_close(Embedding(network, head)(images), maps.mean((2, 3)).detach())
+    torch.testing.assert_close(Embedding(network, head.layer)(images), maps.mean((2, 3)).detach())
 
 
 def test_vit_embedding_is_the_class_token():
     network = zoo.VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8).eval()
-    assert Embedding(network, find_head(network, 32))(draw(2, 32)).shape == (2, 8)
+    assert Embedding(network, find_head(network, 32).layer)(draw(2, 32)).shape == (2, 8)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -240,7 +240,7 @@ def test_backbone_trained_later_gives_its_new_features(mobilenet):
     train_one_step(mobilenet.train(), images)
     after = features(images)
     assert not torch.allclose(after, before)
-    assert torch.equal(Features(mobilenet, find_head(mobilenet, 32))(images), after)
+    assert torch.equal(Features(mobilenet, find_head(mobilenet, 32).layer)(images), after)
 
 
 def test_features_are_the_same_in_training_mode_and_take_no_gradients(mobilenet):
@@ -263,7 +263,7 @@ def test_dropout_of_the_head_leaves_cached_features_alone(mobilenet):
 
 def test_features_compile_into_one_graph():
     network = Late()
-    features = Features(network, find_head(network, 8))
+    features = Features(network, find_head(network, 8).layer)
     compiled = torch.compile(features, fullgraph=True, backend="eager")
     assert torch.equal(compiled(draw(2, 8)), features(draw(2, 8)))
 
@@ -322,7 +322,7 @@ def test_convolution_of_any_kernel_is_replaced_in_kind():
 @pytest.mark.parametrize("network", [Late(lambda logits: logits.log_softmax(1)), Convolutional()])
 def test_network_that_computes_on_has_a_head_and_embeddings_but_cannot_be_split(network):
     head = replace_head(network, 9, 16)
-    assert Embedding(network, head)(draw(2, 16)).shape == (2, 6)
+    assert Embedding(network, head.layer)(draw(2, 16)).shape == (2, 6)
     with pytest.raises(ModelError, match="by operations that are no modules"):
         split_head(network, head, 16)
 
@@ -337,7 +337,7 @@ def test_tokens_before_the_head_are_averaged_to_one_embedding():
             return self.fc(images.flatten(2).transpose(1, 2)).mean(1)
 
     network, images = Tokens(), draw(2, 8)
-    torch.testing.assert_close(Embedding(network, find_head(network, 8))(images), images.mean((2, 3)))
+    torch.testing.assert_close(Embedding(network, find_head(network, 8).layer)(images), images.mean((2, 3)))
 
 
 def test_dropout_that_others_use_too_stays_with_the_backbone():

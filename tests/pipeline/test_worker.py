@@ -18,6 +18,7 @@ import torch
 
 from pipeline import plan as plans
 from pipeline import worker as workers
+from pipeline.answers import BestClasses
 from pipeline.attempts import Care, Journal, Step, read_records
 from pipeline.commit import PREDICTIONS_DIR
 from pipeline.lease import Fence, hold_lease
@@ -62,7 +63,7 @@ def job(tmp_path, make_images, model):
                 exif="ignore",
                 max_pixels=10**6,
                 preprocess="exact",
-                top_k=3,
+                answer=BestClasses(3),
                 batch_size=4,
                 retries=0,
             ),
