@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from pipeline.answers import Embeddings
     from pipeline.models import Model
 
-BYTES_PER_NUMBER: Final[dict[str, int]] = {"float32": 4, "float16": 2}
-BYTES_PER_ROW: Final = 40
+# What a row takes in a part of 400 photographs, compressed, which saves a tenth of what the features themselves are.
+BYTES_PER_NUMBER: Final[dict[str, float]] = {"float32": 3.6, "float16": 1.8}
+BYTES_PER_ROW: Final = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +143,12 @@ def run(config: EmbedConfig, *, started: float | None = None) -> EmbedResult:
 
 def describe(result: EmbedResult, config: EmbedConfig) -> str:
     """The result in the words of a person."""
-    parts = quote_for_sql(result.embeddings)
-    query = (
-        f"WITH v AS (FROM {parts} WHERE error IS NULL) SELECT uri, list_cosine_similarity(embedding, "
-        f"(SELECT embedding FROM v LIMIT 1)) AS similarity FROM v ORDER BY 2 DESC LIMIT 10"
-    )
+    dtype = result.account["config"]["resolved"]["embedding_dtype"]
+    query = f"SELECT uri, embedding FROM {quote_for_sql(result.embeddings)} WHERE error IS NULL"
     lines = [
         *describe_result(result, config),
-        f"vectors  {result.embeddings}, {result.dimensions:,} numbers each, {config.embedding_dtype}",
-        f"use it   duckdb -c {quote_for_shell(query)}",
+        f"vectors  {result.embeddings}, of {result.dimensions:,} numbers each ({dtype})",
+        f"read it  duckdb -c {quote_for_shell(query)}",
     ]
     return "\n".join(lines)
 

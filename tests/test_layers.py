@@ -13,6 +13,7 @@ HEAVY = "{name.split('.')[0] for name in sys.modules} & {'torch', 'torchvision',
     [
         "jobs.__main__",
         "jobs.label",
+        "jobs.embed",
         "jobs.inspect",
         "jobs.models",
         "jobs.demo",

@@ -42,6 +42,13 @@ def test_on_this_host_relative_paths_become_absolute_and_names_stay(folder):
     assert (moved.output, moved.model, moved.weights) == (f"{folder}/out", "resnet50", "DEFAULT")
 
 
+def test_embed_runs_on_a_cluster_as_label_does(folder):
+    words = ["embed", "photos", "-o", "out", "--embedding-dtype", "float16", "-m", "code/model"]
+    moved = move(read_command(words).config, make_site(**HERE), None)
+    assert (moved.output, moved.model, moved.embedding_dtype) == (f"{folder}/out", f"{folder}/code/model", "float16")
+    assert list_faults(["embed", "photos"], **HERE) == ["-o: name a folder for the embeddings"]
+
+
 def test_paths_in_a_config_file_are_moved_as_well(folder):
     (folder / "label.yaml").write_text("inputs: [photos]\noutput: out\ntop_k: 3\n")
     command = read_command(["label", "--config", "label.yaml"])
@@ -87,7 +94,7 @@ def test_faults_of_the_command_itself_cost_nothing(folder):
 
 @pytest.mark.parametrize("words", [[], ["models"], ["submit"], ["lable"]])
 def test_what_does_not_run_on_a_cluster_is_refused(words):
-    with pytest.raises(ConfigError, match="the commands that work on a cluster are label, finetune"):
+    with pytest.raises(ConfigError, match="the commands that work on a cluster are label, embed, finetune"):
         read_command(words)
 
 

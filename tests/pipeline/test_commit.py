@@ -401,3 +401,18 @@ def test_unfinished_files_are_swept(folder):
 
 def test_sweep_of_an_empty_folder_does_nothing(folder):
     assert sweep_foreign(folder, run_hashes=[HASH]) == 0
+
+
+def test_parts_of_another_kind_stand_in_a_folder_of_their_own(folder):
+    parts = schema.embedding_parts(2, "float32")
+    rows = pa.Table.from_pylist(
+        [{"uri": f"/{n}.jpg", "embedding": [n, 0.5], "attempts": 1, "model": "m", "run_id": "1"} for n in range(3)],
+        schema=parts.columns,
+    )
+    commit_all(folder, shards(3))
+    commit_part(folder, Shard(0, 0, 3), rows, run_hash=HASH, parts=parts)
+    assert folder.list_names("embeddings") == folder.list_names(PREDICTIONS_DIR) == [part_name(0, HASH)]
+    assert pq.read_table(folder.path(f"embeddings/{part_name(0, HASH)}")).equals(rows)
+    assert find_committed(folder, shards(3), run_hashes=(HASH,), parts=parts) == {0: Counts(3)}
+    assert sweep_foreign(folder, run_hashes=(), directory=parts.directory) == 1
+    assert folder.list_names(PREDICTIONS_DIR) == [part_name(0, HASH)]

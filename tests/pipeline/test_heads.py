@@ -6,7 +6,18 @@ from torchvision import models as zoo
 
 from pipeline import models
 from pipeline.errors import ModelError
-from pipeline.heads import Embedding, Features, find_head, freeze_backbone, replace_head, split_head, split_parameters
+from pipeline.heads import (
+    Embedding,
+    Features,
+    Tap,
+    find_head,
+    find_tap,
+    freeze_backbone,
+    open_embedding,
+    replace_head,
+    split_head,
+    split_parameters,
+)
 from pipeline.model_dir import compose_model_dir, write_model_dir
 from pipeline.models import list_registered, open_model
 
@@ -32,6 +43,29 @@ FAMILIES = {
     "swin_v2_t": 32,
     "vgg11": 32,
     "vit_b_32": 32,
+}
+# The layer that tells the classes, as torchvision's source has it.
+LAST = {
+    "alexnet": "classifier.6",
+    "convnext_tiny": "classifier.2",
+    "densenet121": "classifier",
+    "efficientnet_b0": "classifier.1",
+    "efficientnet_v2_s": "classifier.1",
+    "googlenet": "fc",
+    "inception_v3": "fc",
+    "maxvit_t": "classifier.5",
+    "mnasnet0_5": "classifier.1",
+    "mobilenet_v2": "classifier.1",
+    "mobilenet_v3_small": "classifier.3",
+    "regnet_x_400mf": "fc",
+    "regnet_y_400mf": "fc",
+    "resnet18": "fc",
+    "shufflenet_v2_x0_5": "fc",
+    "squeezenet1_1": "classifier.1",
+    "swin_t": "head",
+    "swin_v2_t": "head",
+    "vgg11": "classifier.6",
+    "vit_b_32": "heads.head",
 }
 # Torchvision's way for these takes long.
 QUICK = {name: {"init_weights": False} for name in ("googlenet", "inception_v3", "vgg11")}
@@ -75,6 +109,7 @@ def test_every_torchvision_classifier_gets_a_head_of_its_own_and_keeps_its_other
     head = replace_head(network, 7, crop)
     after = dict(network.named_parameters())
     assert head.layer.weight.shape[0] == 7
+    assert find_tap(network, crop) == Tap(layer=head.name, dimensions=head.layer.weight.shape[1])
     assert {key for key in after if after[key] is not before[key]} == {
         f"{head.name}.{key}" for key, _ in head.layer.named_parameters()
     }
@@ -114,9 +149,16 @@ def test_features_are_what_the_last_layer_is_given(family):
     assert torch.equal(Features(network, head.layer)(images), given[0])
 
 
-def test_embedding_is_a_vector_of_the_features_that_the_head_takes(family):
-    network, head, images = family
-    assert Embedding(network, head.layer)(images).shape == (2, head.layer.weight.shape[1])
+def test_embedding_is_what_a_forward_hook_before_the_classifier_sees(family, request):
+    network, _, images = family
+    seen = []
+    layer = network.get_submodule(LAST[request.node.callspec.params["family"]])
+    with torch.inference_mode(), layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        network(images)
+    expected = seen[0].mean((2, 3)) if isinstance(layer, nn.Conv2d) else seen[0]
+    tap = find_tap(network, images.shape[-1])
+    assert tap.dimensions == layer.weight.shape[1] == expected.shape[1]
+    torch.testing.assert_close(open_embedding(network, tap)(images), expected)
 
 
 def test_embedding_averages_the_maps_before_a_convolution():
@@ -325,6 +367,19 @@ def test_network_that_computes_on_has_a_head_and_embeddings_but_cannot_be_split(
     assert Embedding(network, head.layer)(draw(2, 16)).shape == (2, 6)
     with pytest.raises(ModelError, match="by operations that are no modules"):
         split_head(network, head, 16)
+
+
+def test_network_that_cannot_do_without_its_head_has_no_tap():
+    class Peeking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, images):
+            return self.fc(images.mean((2, 3))[:, : self.fc.in_features])
+
+    with pytest.raises(ModelError, match=r"Peeking cannot do without its last layer 'fc': .*in_features"):
+        find_tap(Peeking(), 8)
 
 
 def test_tokens_before_the_head_are_averaged_to_one_embedding():
