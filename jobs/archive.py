@@ -334,6 +334,7 @@ class _Run:
         cluster_began = time.monotonic()
         from pipeline.cluster import open_cluster  # here, since Ray takes seconds to import
         from pipeline.dispatch import run_shards
+        from pipeline.telemetry import Telemetry
 
         with open_cluster(config.address) as cluster:
             self.timings["cluster_s"] = time.monotonic() - cluster_began
@@ -362,11 +363,13 @@ class _Run:
             progress.show(partial(_describe_progress, account, rate))
             if redo:
                 self.folder.delete(SUCCESS)
-            with keep_account(account, self.lease):
+            telemetry = Telemetry(plan.run_id, num_left=account.num_todo)
+            with telemetry, keep_account(account, self.lease):
                 in_order = plans.stride_order(shards)
                 for done in run_shards(task, model, in_order, scaling=scaling, toll=account.toll, tell=progress.notice):
                     num_new = account.add(done.shard, done.counts, ready_at=done.ready_at, finished_at=done.finished_at)
                     rate.add(num_new, at=done.finished_at, since=done.ready_at)
+                    telemetry.add(num_images=num_new, num_failed=done.counts.num_failed, host=done.host)
                     account.check_failures(config.max_failure_rate)
         return account
 

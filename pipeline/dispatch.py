@@ -45,6 +45,7 @@ from pipeline.predict import find_device
 from pipeline.process import Failed, WorkerProcess
 from pipeline.scaling import CONCURRENT_SHARDS, Scaling, round_share
 from pipeline.stall import Stalled, StallFinder, end_process
+from pipeline.telemetry import send_meters
 from pipeline.toll import Toll
 from pipeline.worker import DecodedBatch, Decoder, Done, Labeller, Task
 
@@ -243,7 +244,7 @@ Block = dict[str, Any]  # column name → array
 class _FusedWorker:
     def __init__(self, task: Task, model: Any, scaling: Scaling) -> None:
         self.process = _begin_process(task)
-        self.decoder = Decoder(task, num_threads=scaling.num_threads, watch=self.process.watchdog.watch)
+        self.decoder = _open_decoder(task, scaling.num_threads, self.process)
         self.labeller = _open_labeller(task, model, scaling, self.process)
 
     def __call__(self, block: Block) -> Iterator[Block]:
@@ -258,7 +259,7 @@ class _FusedWorker:
 class _DecodeWorker:
     def __init__(self, task: Task) -> None:
         self.process = _begin_process(task)
-        self.decoder = Decoder(task, num_threads=1, watch=self.process.watchdog.watch)
+        self.decoder = _open_decoder(task, 1, self.process)
 
     def __call__(self, block: Block) -> Iterator[Block]:
         for shard, care in _read_orders(block):
@@ -295,7 +296,9 @@ class _PredictWorker:
 def _begin_process(task: Task) -> WorkerProcess:
     context = ray.get_runtime_context()
     # An actor has its id for all its lives; the first half of it is already unique, as the rest is the job's.
-    return WorkerProcess(task, worker=(context.get_actor_id() or "")[:16], node=context.get_node_id())
+    process = WorkerProcess(task, worker=(context.get_actor_id() or "")[:16], node=context.get_node_id())
+    process.tell = send_meters(process.meters, run_id=task.run_id)
+    return process
 
 
 def _read_orders(block: Block) -> Iterator[tuple[Shard, Care]]:
@@ -309,9 +312,20 @@ def _pack_outcome(process: WorkerProcess, outcome: Done | Failed) -> Block:
     return {"outcome": np.array([pickle.dumps(outcome)], dtype=object)}
 
 
+def _open_decoder(task: Task, num_threads: int, process: WorkerProcess) -> Decoder:
+    return Decoder(task, num_threads=num_threads, watch=process.watchdog.watch, meters=process.meters)
+
+
 def _open_labeller(task: Task, model: Any, scaling: Scaling, process: WorkerProcess) -> Labeller:
     device = find_device(scaling.gpus_per_worker)
-    return Labeller(task, ray.get(model), device=device, num_threads=scaling.num_threads, watch=process.watchdog.watch)
+    return Labeller(
+        task,
+        ray.get(model),
+        device=device,
+        num_threads=scaling.num_threads,
+        watch=process.watchdog.watch,
+        meters=process.meters,
+    )
 
 
 def _pack_pixels(order: dict[str, Any], decoded: list[DecodedBatch] | Failed, *, side: int) -> Block:

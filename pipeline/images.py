@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from pipeline.decode import Exif
 from pipeline.errors import DecodeError, ReadError
 from pipeline.fetch import Fetch, Fetcher
 from pipeline.log import at
+from pipeline.meters import Meters
 from pipeline.pixels import OpenContent, Opening
 from pipeline.presets import Preprocess, Preset
 from pipeline.sources import ListedImage
@@ -54,12 +56,21 @@ class ImageOpener:
         max_pixels: int,
         num_threads: int,
         preprocess: Preprocess = "exact",
+        meters: Meters | None = None,
     ) -> None:
         self.preset = preset
         self.opening = Opening(preset=preset, preprocess=preprocess, exif=exif, max_pixels=max_pixels)
         self.num_threads = num_threads
+        self._meters = Meters() if meters is None else meters
+        self._meters.count_queued = self.count_ready
+        self._windows: dict[int, deque[Future[tuple[ImageRow, Tensor | None]]]] = {}
         self._fetcher = fetcher
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+    def count_ready(self) -> int:
+        """How many images are open before it is their turn."""
+        windows = [window.copy() for window in list(self._windows.values())]  # other threads go on with them
+        return sum(future.done() for window in windows for future in window)
 
     def open_images(
         self, images: Iterable[ListedImage], *, ahead: int, open_content: OpenContent | None = None
@@ -72,6 +83,7 @@ class ImageOpener:
         fetches = self._fetcher.fetch(images)
         opened: deque[Future[tuple[ImageRow, Tensor | None]]] = deque()
         window = 1 + ahead
+        self._windows[id(opened)] = opened
         try:
             while True:
                 begun = islice(fetches, window - len(opened))
@@ -80,6 +92,7 @@ class ImageOpener:
                     return
                 yield opened.popleft().result()
         finally:
+            del self._windows[id(opened)]
             for future in opened:
                 future.cancel()
 
@@ -97,9 +110,11 @@ class ImageOpener:
         if image.error is not None:
             row.fail("list", image.error)
             return row, None
+        began, read_at = time.perf_counter(), None
         try:
             with at(uri=image.uri):
                 content, row.attempts = fetch()
+                read_at = time.perf_counter()
                 row.size_bytes = len(content)
                 (row.width, row.height), pixels = open_content(content)
             return row, pixels
@@ -108,4 +123,7 @@ class ImageOpener:
             row.fail("read", str(error))
         except DecodeError as error:
             row.fail("decode", str(error))
+        finally:
+            ended = time.perf_counter()
+            self._meters.add(read_s=(read_at or ended) - began, decode_s=ended - (read_at or ended))
         return row, None

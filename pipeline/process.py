@@ -11,6 +11,7 @@ from typing import Final, NoReturn, TypeVar
 from pipeline.attempts import Attempt, Care, Journal
 from pipeline.errors import WorkerError
 from pipeline.log import LOGGER, WorkerLog, at
+from pipeline.meters import Meters
 from pipeline.plan import Shard
 from pipeline.watchdog import Watchdog
 from pipeline.worker import DroppedShard, LostDevice, Task
@@ -36,6 +37,9 @@ class WorkerProcess:
         self.log = WorkerLog(task.folder, worker, run_id=task.run_id)
         self.log.open()
         self.journal = Journal(task.folder, run_id=task.attempts_id, worker=worker, node=node)
+        self.meters = Meters()
+        self.tell: Callable[[], None] = lambda: None
+        """Called whenever a shard has ended, well or not."""
         self.watchdog = Watchdog(last_words=self.log.send).start()
         if self.journal.deaths:
             LOGGER.warning("this process takes the place of one that died; it was number %d", self.journal.deaths)
@@ -60,6 +64,8 @@ class WorkerProcess:
             with at(shard=shard.index):
                 LOGGER.exception("the shard failed")
             return Failed(shard.index, f"{type(error).__name__}: {error}")
+        finally:
+            self.tell()
 
     def _end(self, error: LostDevice) -> NoReturn:
         """Leave, so that Ray puts another process in this one's place; the record says at which images it was."""

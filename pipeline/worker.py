@@ -35,6 +35,7 @@ from pipeline.images import ImageOpener, ImageRow
 from pipeline.isolate import Isolator
 from pipeline.lease import Fence
 from pipeline.log import LOGGER, at, warn_of_images
+from pipeline.meters import Meters
 from pipeline.models import Model
 from pipeline.plan import Shard
 from pipeline.predict import Precision, Predictor, is_device_lost, is_out_of_memory
@@ -138,7 +139,7 @@ class DroppedShard(Exception):
 class Decoder:
     """Fetches and decodes images with its own threads, a bounded number of batches ahead."""
 
-    def __init__(self, task: Task, *, num_threads: int, watch: Watch = unwatched) -> None:
+    def __init__(self, task: Task, *, num_threads: int, watch: Watch = unwatched, meters: Meters | None = None) -> None:
         task.prepare_process()
         self.task = task
         self._watch = watch
@@ -149,6 +150,7 @@ class Decoder:
             max_pixels=task.max_pixels,
             num_threads=num_threads,
             preprocess=task.preprocess,
+            meters=meters,
         )
 
     def decode(self, shard: Shard, attempt: Attempt = UNRECORDED) -> Iterator[DecodedBatch]:
@@ -231,7 +233,16 @@ def _fail(image: ListedImage, error: str) -> ImageRow:
 class Labeller:
     """Runs the model on decoded batches and commits their shard."""
 
-    def __init__(self, task: Task, model: Model, *, device: str, num_threads: int, watch: Watch = unwatched) -> None:
+    def __init__(
+        self,
+        task: Task,
+        model: Model,
+        *,
+        device: str,
+        num_threads: int,
+        watch: Watch = unwatched,
+        meters: Meters | None = None,
+    ) -> None:
         torch.set_num_threads(num_threads)
         task.prepare_process()
         self.task = task
@@ -240,6 +251,7 @@ class Labeller:
         self.parts = task.answer.parts
         self.predictor = Predictor(model, task.answer, device=device, precision=task.precision)
         self._watch = watch
+        self._meters = Meters() if meters is None else meters
         self._turn = threading.Lock()
         self._most_at_once = sys.maxsize
         self._ready_at = time.time()
@@ -315,6 +327,7 @@ class Labeller:
         cause = f"Timeout: not {self.parts.outcome} within {limit_s:g} s (--timeout-per-image)"
         with self._turn:  # here, so that neither the record nor the watch counts the time of another shard's batch
             attempt.enter(step)
+            began = time.perf_counter()
             with self._watch(limit_s, cause, partial(attempt.blame, step, cause)):
                 try:
                     kept = self._fit_into_memory(pixels, rows)
@@ -323,6 +336,7 @@ class Labeller:
                         attempt.blame(step, f"DeviceError: {str(error).splitlines()[0]}")
                         raise LostDevice(str(error)) from error
                     raise
+            self._meters.add(predict_s=time.perf_counter() - began)
         is_finite = find_finite(kept)
         for row, is_number in zip(rows, is_finite, strict=True):
             if not is_number and row.error is None:
