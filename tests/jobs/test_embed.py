@@ -25,7 +25,7 @@ from jobs.embed import EmbedConfig, EmbedResult, main, run
 from pipeline import schema
 from pipeline.errors import ConfigError, DamagedRunError, ModelError, OutputError
 from pipeline.heads import Tap
-from pipeline.models import count_features, find_features, list_registered, open_model
+from pipeline.models import count_features, find_features, open_model
 from pipeline.presets import Normalise
 
 ROOT = Path(__file__).parents[2]
@@ -259,17 +259,11 @@ def test_dry_run_tells_the_size_without_weights(make_images, tmp_path, capsys, m
         count_features("resnet19")
 
 
-@pytest.mark.slow
-def test_features_of_every_registered_model_are_counted_without_weights():
-    dimensions = {name: count_features(name) for name in list_registered()}
-    assert {name: dimensions[name] for name in ("resnet50", "resnet18", "vgg16", "vit_h_14", "alexnet")} == {
-        "resnet50": 2048,
-        "resnet18": 512,
-        "vgg16": 4096,
-        "vit_h_14": 1280,
-        "alexnet": 4096,
-    }
-    assert min(dimensions.values()) >= 384
+@pytest.mark.parametrize(
+    ("name", "dimensions"), [("resnet18", 512), ("alexnet", 4096), ("vit_b_32", 768), ("googlenet", 1024)]
+)
+def test_features_are_counted_without_weights(name, dimensions):
+    assert count_features(name) == dimensions
 
 
 # ---------------------------------------------------------------------------------------------------------------
