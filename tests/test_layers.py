@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +28,11 @@ HEAVY = "{name.split('.')[0] for name in sys.modules} & {'torch', 'torchvision',
 def test_commands_start_without_torch_and_ray(module):
     code = f"import sys, {module}; loaded = {HEAVY}; sys.exit(str(loaded) if loaded else 0)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_packages_carry_their_types():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert packages == ["jobs", "pipeline"]
+    assert all((root / package / "py.typed").is_file() for package in packages)

@@ -18,11 +18,12 @@ import torch
 
 from pipeline import plan as plans
 from pipeline import worker as workers
-from pipeline.answers import BestClasses
+from pipeline.answers import BestClasses, Embeddings
 from pipeline.attempts import Care, Journal, Step, read_records
 from pipeline.commit import PREDICTIONS_DIR
 from pipeline.lease import Fence, hold_lease
-from pipeline.models import open_model
+from pipeline.meters import Meters
+from pipeline.models import find_features, open_model
 from pipeline.plan import Shard, write_listing
 from pipeline.run import SCRATCH_DIR
 from pipeline.sources import ListedImage, ListingOptions
@@ -462,3 +463,51 @@ def test_record_is_at_each_batch_while_it_is_read_and_while_the_model_has_it(job
     pairs = [(Step("read", *chunk), Step("predict", *chunk)) for chunk in chunks]
     assert [step for step in steps if step] == [step for pair in pairs for step in pair]
     assert steps[-1] is None, "whoever dies at the commit blames no image"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Other answers than labels
+
+
+@pytest.fixture
+def embed_task(job, model):
+    return replace(job[1], answer=Embeddings(tap=find_features(model), dtype="float16", is_normalised=True))
+
+
+def read_vectors(task) -> list[dict]:
+    (part,) = task.folder.list_names("embeddings")
+    return pq.read_table(task.folder.path(f"embeddings/{part}")).to_pylist()
+
+
+def test_vectors_are_committed_as_labels_are(embed_task, model):
+    done = label(embed_task, model, SHARD)
+    assert (done.counts.labelled, done.counts.num_failed) == (17, 3)
+    assert list_parts(embed_task) == []
+    rows = read_vectors(embed_task)
+    assert [row["uri"] for row in rows] == [image.uri for image in plans.read_images(embed_task.folder, SHARD)]
+    assert [row["embedding"] is None for row in rows] == [row["error"] is not None for row in rows]
+    assert all(sum(x * x for x in row["embedding"]) == pytest.approx(1, abs=0.01) for row in rows if not row["error"])
+
+
+def test_vector_that_is_no_number_or_has_no_room_is_a_failed_row(embed_task, model, monkeypatch):
+    labeller = Labeller(embed_task, model, device="cpu", num_threads=1)
+    network = labeller.predictor._network
+
+    def poison_first_image(pixels):
+        features = network(pixels)
+        features[0, 4] = float("nan")
+        return features
+
+    monkeypatch.setattr(labeller.predictor, "_network", poison_first_image)
+    assert labeller.label(SHARD, decode(embed_task)).counts.failed["NonFiniteEmbedding"] == 5  # one a batch
+    labeller.predictor = Cramped(labeller.predictor, room=0, error=MemoryError("no room"))
+    assert labeller.label(SHARD, decode(embed_task)).counts.failed["OutOfMemory"] == 17
+
+
+def test_work_is_metered(job, model):
+    _, task = job
+    meters = Meters()
+    decoder = Decoder(task, num_threads=1, meters=meters)
+    Labeller(task, model, device="cpu", num_threads=1, meters=meters).label(SHARD, decoder.decode(SHARD))
+    assert all(seconds > 0 for seconds in meters.read().values())
+    assert meters.count_queued() == 0
