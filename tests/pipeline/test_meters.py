@@ -80,7 +80,9 @@ def test_images_that_are_decoded_ahead_are_counted_until_they_are_taken(meters, 
     next(opened)
     for _ in range(2):
         opener._threads.submit(lambda: None).result()
-    while meters.count_queued() < 3:  # the others are on their way
+    until = time.monotonic() + 60
+    while meters.count_queued() < 3 and time.monotonic() < until:  # the others are on their way
         time.sleep(0.001)
+    assert meters.count_queued() == 3
     assert len(list(opened)) == 5
     assert meters.count_queued() == 0
