@@ -44,6 +44,7 @@ def first_run(tmp_path_factory, tiny_model_dir, make_images, ray_cluster):
         output=str(folder / "out"),
         model=tiny_model_dir,
         precision="fp32",
+        preprocess="exact",
         target="folder",
         shard_size=10,
         max_failure_rate=0.1,
