@@ -178,7 +178,7 @@ def describe(result: EvaluateResult, config: EvaluateConfig) -> str:
         )
     confusions = [one for one in metrics["confusion"]["top"][:_SHOWN] if one["images"] > 1]
     lines += [f"confused   {one['images']:,} of {one['target']} taken for {one['label']}" for one in confusions]
-    lines += list(_describe_targets(metrics["targets"]))
+    lines += list(_describe_targets(metrics["targets"], config))
     lines += [
         f"metrics    {result.output.rstrip('/')}/{METRICS}",
         f"look       nightshift report {quote_for_shell(result.output)}",
@@ -201,13 +201,14 @@ def _describe_share(share: dict[str, Any]) -> str:
     return f"{share['value']:.2%}  (95 % interval {share['low']:.2%} to {share['high']:.2%})"
 
 
-def _describe_targets(targets: dict[str, Any]) -> Iterator[str]:
+def _describe_targets(targets: dict[str, Any], config: EvaluateConfig) -> Iterator[str]:
     kind = {"names": "names of classes", "ids": "numbers of classes"}[targets["kind"]]
     if targets["file"] is None:
         yield f"targets    that came with the images: {kind}"
     else:
         rules = ", ".join(f"{count:,} by {rule}" for rule, count in targets["matched_by"].items())
-        yield f"targets    column {targets['column']} of {mask(targets['file'])}: {kind}; images found {rules}"
+        file = mask(config.targets or targets["file"])
+        yield f"targets    column {targets['column']} of {file}: {kind}; images found {rules}"
         if targets["rows_without_image"]:
             yield (
                 f"           {targets['rows_without_image']:,} of its {targets['rows']:,} rows belong to no image, "

@@ -21,8 +21,8 @@ SIDE_PX: Final = 192
 """Of the longer side: twice what is shown, for screens with two pixels in each."""
 QUALITY: Final = 72
 MAX_PIXELS: Final = 178_956_970
-MAX_TOTAL_BYTES: Final = 3_000_000
-"""Of all thumbnails, which leaves room for the rest of a page under 5 MB."""
+MAX_TOTAL_BYTES: Final = 2_600_000
+"""Of all thumbnails: as text they take a third more, which leaves 1.5 MB for the rest of a page under 5 MB."""
 MAX_SECONDS: Final = 120.0
 """After this, no further image is begun: each in a compressed tar takes a pass over what is before it."""
 _THREADS: Final = 8
