@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commit import PREDICTIONS_DIR
+from pipeline.errors import DamagedRunError
 from pipeline.storage import Folder
 
 # Enough to keep numpy busy, and a few MB with all columns.
@@ -33,16 +35,30 @@ def list_parts(folder: Folder) -> list[Part]:
 def read_batches(folder: Folder, parts: Sequence[Part], columns: list[str]) -> Iterator[pa.RecordBatch]:
     """All rows of these parts with these columns; never more of them in memory than a batch and a row group."""
     for part in parts:
-        with folder.open_read(f"{PREDICTIONS_DIR}/{part.name}") as source, pq.ParquetFile(source) as file:
+        with _open_part(folder, part) as file:
             yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
 
 def sample_tables(folder: Folder, parts: Sequence[Part], columns: list[str], *, max_parts: int) -> Iterator[pa.Table]:
     """The first row group of up to `max_parts` parts from all over the run, the same ones every time."""
     for part in spread(parts, max_parts):
-        with folder.open_read(f"{PREDICTIONS_DIR}/{part.name}") as source, pq.ParquetFile(source) as file:
+        with _open_part(folder, part) as file:
             if file.num_row_groups:
                 yield file.read_row_group(0, columns=columns)
+
+
+@contextlib.contextmanager
+def _open_part(folder: Folder, part: Part) -> Iterator[pq.ParquetFile]:
+    """A part to read from; raises DamagedRunError where its content is none of a Parquet file."""
+    name = f"{PREDICTIONS_DIR}/{part.name}"
+    try:
+        with folder.open_read(name) as source, pq.ParquetFile(source) as file:
+            yield file
+    except pa.ArrowException as error:
+        raise DamagedRunError(
+            f"{folder.locate(name)!r} is damaged ({error}): `nightshift label --verify -o {folder.locate()}` finds "
+            f"what else is, and the command that made the run does it again"
+        ) from error
 
 
 def spread(parts: Sequence[Part], count: int) -> list[Part]:

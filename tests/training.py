@@ -218,7 +218,8 @@ def write_finetuned(output: Path, images: Path, *, epochs: int = 3, **changes: A
     run = run_alone(folder, model, epochs=epochs, **changes)
     assert run.position is not None
     recipe = asdict(replace(RECIPE, epochs=epochs, **changes))
-    resolved = {"model": "make_plain", "weights": "none", "exif": "ignore", "image_column": None, "recipe": recipe}
+    resolved = {"model": "make_plain", "weights": "none", "recipe": recipe}
+    resolved |= {"exif": "ignore", "max_pixels": 10**6, "image_column": None}
     resolved |= {**asdict(model.preset), "fixed": model.describe()}
     split = Split(categories=COLOURS, train=train, val=val, unlisted=schema.UNUSABLE.empty_table())
     course = replace(seal_course(folder, split, hash="hash", given={}, resolved=resolved), run_id=RUN_ID)

@@ -70,6 +70,7 @@ def compose_report(folder: Folder, account: dict[str, Any], *, retries: int, tel
     thumbnails = make_thumbnails(
         found.uris,
         exif=resolved["exif"],
+        max_pixels=resolved["max_pixels"],
         image_column=resolved["image_column"],
         retries=retries,
         tell=lambda number: tell(f"reading images: {number:,}/{total:,}"),

@@ -20,7 +20,6 @@ from pipeline.sources import ListedImage
 SIDE_PX: Final = 192
 """Of the longer side: twice what is shown, for screens with two pixels in each."""
 QUALITY: Final = 72
-MAX_PIXELS: Final = 178_956_970
 MAX_TOTAL_BYTES: Final = 2_600_000
 """Of all thumbnails: as text they take a third more, which leaves 1.5 MB for the rest of a page under 5 MB."""
 MAX_SECONDS: Final = 120.0
@@ -43,7 +42,13 @@ class Thumbnails:
 
 
 def make_thumbnails(
-    uris: Iterable[str], *, exif: Exif, image_column: str | None, retries: int, tell: Callable[[int], None]
+    uris: Iterable[str],
+    *,
+    exif: Exif,
+    max_pixels: int,
+    image_column: str | None,
+    retries: int,
+    tell: Callable[[int], None],
 ) -> Thumbnails:
     """Read, decode and shrink images, those that matter most first."""
     fetcher = Fetcher(retries=retries, image_column=image_column)
@@ -55,7 +60,7 @@ def make_thumbnails(
             return "not read in time"
         try:
             content, _ = fetcher.read(ListedImage(uri))
-            return shrink(decode(content, exif=exif, max_pixels=MAX_PIXELS))
+            return shrink(decode(content, exif=exif, max_pixels=max_pixels))
         except ImageError as error:
             return str(error)
 

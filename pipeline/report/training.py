@@ -17,7 +17,7 @@ from pipeline.errors import ImageError
 from pipeline.parts import BATCH_ROWS
 from pipeline.report.charts import LineChart, draw_lines
 from pipeline.report.figures import Evaluation, prepare_evaluation
-from pipeline.report.thumbnails import MAX_PIXELS, shrink, to_data_uri
+from pipeline.report.thumbnails import shrink, to_data_uri
 from pipeline.scoring import Scorer
 from pipeline.storage import Folder
 from pipeline.validation import VALIDATION
@@ -158,7 +158,7 @@ def augment_images(folder: Folder, account: dict[str, Any], *, kind: Any, first_
         (image,) = to_images(table, [int(row)])
         try:
             content, _ = fetcher.read(image)
-            pixels = wide.exact(decode(content, exif=resolved["exif"], max_pixels=MAX_PIXELS)).unsqueeze(0)
+            pixels = wide.exact(decode(content, exif=resolved["exif"], max_pixels=resolved["max_pixels"])).unsqueeze(0)
         except ImageError:
             continue  # unusable, or not here
         versions = [(epoch + 1, _show(augment(pixels, np.array([row]), epoch)[0])) for epoch in epochs]

@@ -13,7 +13,7 @@ from runs import draw_scores, make_rows, write_run
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from pipeline import parts
-from pipeline.errors import ConfigError, OutputError
+from pipeline.errors import ConfigError, DamagedRunError, OutputError
 from pipeline.evaluation import describe_run, evaluate_run, open_finished, read_metrics
 from pipeline.run import METRICS, RUN
 from pipeline.targets import read_targets
@@ -122,6 +122,14 @@ def test_top5_needs_five_predictions_or_all_classes(make):
 def test_names_are_found_among_the_predictions_where_the_model_is_gone(make):
     found = evaluate(make(labels="/gone/labels.txt"))
     assert [row["label"] for row in found["classes"]] == NAMES
+
+
+def test_a_damaged_part_is_named_with_what_helps(make):
+    folder = make()
+    name = f"predictions/{parts.list_parts(folder)[3].name}"
+    folder.put(name, b"PAR1 and nothing else")
+    with pytest.raises(DamagedRunError, match=f"{name}' is damaged .*label --verify"):
+        evaluate(folder)
 
 
 def test_a_run_that_is_not_complete_is_refused(make, tmp_path):

@@ -232,7 +232,9 @@ def test_thumbnails_are_small_and_stop_at_their_limits(tmp_path, monkeypatch):
 
     def make():
         uris = [*paths, paths[0], "/no.jpg"]
-        return make_thumbnails(uris, exif="ignore", image_column=None, retries=0, tell=lambda number: None)
+        return make_thumbnails(
+            uris, exif="ignore", max_pixels=10**6, image_column=None, retries=0, tell=lambda number: None
+        )
 
     found = make()
     assert set(found.pictures) == set(paths) and found.find("/no.jpg") is None
