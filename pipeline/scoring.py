@@ -27,6 +27,8 @@ MAX_CONFUSIONS: Final = 50
 MAX_MISTAKES: Final = 24
 FAILED: Final = -1
 """In place of a label's id: the image has none, since it failed."""
+# Images whose pairs are not counted yet: 2 MB of them.
+_MAX_PENDING: Final = 1 << 18
 # The quantile of the normal distribution that leaves 2.5 % on either side.
 _Z_95: Final = 1.959963984540054
 
@@ -62,6 +64,7 @@ class Scorer:
         self._pairs: Ints = np.empty(0, np.int64)
         """Target and label of every combination that occurs, in one number; sorted."""
         self._counts: Ints = np.empty(0, np.int64)
+        self._pending: list[Ints] = []
         self._top5_hits = 0
         self._bin_counts: Ints = np.zeros(NUM_BINS, np.int64)
         self._bin_hits: Ints = np.zeros(NUM_BINS, np.int64)
@@ -78,11 +81,9 @@ class Scorer:
             in_top5: (B,) whether the target is among the best five.
             uris: (B,) what they are called.
         """
-        pairs, counts = np.unique(targets * self._width + labels + 1, return_counts=True)
-        merged, places = np.unique(np.concatenate((self._pairs, pairs)), return_inverse=True)
-        sums = np.zeros(len(merged), np.int64)
-        np.add.at(sums, places, np.concatenate((self._counts, counts)))
-        self._pairs, self._counts = merged, sums
+        self._pending.append(targets * self._width + labels + 1)
+        if sum(map(len, self._pending)) > max(_MAX_PENDING, len(self._pairs)):
+            self._merge_pending()
 
         is_labelled = labels != FAILED
         is_right = labels == targets
@@ -94,6 +95,14 @@ class Scorer:
         self._bin_scores += np.bincount(bins, weights=labelled_scores, minlength=NUM_BINS)
         self._keep_mistakes(targets, labels, scores, uris, np.flatnonzero(is_labelled & ~is_right))
 
+    def _merge_pending(self) -> None:
+        """Count what has come since the last time; not with every batch, for all pairs so far are looked at."""
+        pairs, counts = np.unique(np.concatenate([self._pairs[:0], *self._pending]), return_counts=True)
+        merged, places = np.unique(np.concatenate((self._pairs, pairs)), return_inverse=True)
+        sums = np.zeros(len(merged), np.int64)
+        np.add.at(sums, places, np.concatenate((self._counts, counts)))
+        self._pairs, self._counts, self._pending = merged, sums, []
+
     def _keep_mistakes(self, targets: Ints, labels: Ints, scores: Floats, uris: pa.Array, wrong: Ints) -> None:
         """Remember the mistakes that the model was most sure of."""
         surest = wrong[np.argsort(-scores[wrong], kind="stable")[:MAX_MISTAKES]]
@@ -102,6 +111,7 @@ class Scorer:
 
     def describe(self) -> dict[str, Any]:
         """All figures, as metrics.json holds them; shares are between 0 and 1."""
+        self._merge_pending()
         targets, labels = self._pairs // self._width, self._pairs % self._width - 1
         table = _ClassTable(self._names, targets, labels, self._counts)
         num_images, hits = int(self._counts.sum()), int(table.hits.sum())

@@ -102,7 +102,10 @@ def draw_lines(
             max(to_x(x) - step / 2, 0),
             step,
             "\n".join(
-                [f"{x_name} {x:g}", *(f"{name}: {show(y)}{unit}" for name, ys in drawn if _is_number(y := ys[index]))]
+                [
+                    f"{x_name} {_format_place(x)}",
+                    *(f"{name}: {show(y)}{unit}" for name, ys in drawn if _is_number(y := ys[index])),
+                ]
             ),
         )
         for index, x in enumerate(xs)
@@ -114,7 +117,7 @@ def draw_lines(
         lines=tuple(lines),
         y_ticks=y_ticks,
         widest=max((tick.text for tick in y_ticks), key=len, default=""),
-        x_ticks=tuple(Tick(to_x(x), f"{x:g}") for x in _choose_ends(xs)),
+        x_ticks=tuple(Tick(to_x(x), _format_place(x)) for x in _choose_ends(xs)),
         x_name=x_name,
         marker=None if marker is None else to_x(marker),
         marker_text=marker_text,
@@ -137,6 +140,10 @@ def find_ticks(low: float, high: float) -> list[float]:
 def _choose_ends(xs: Sequence[float]) -> list[float]:
     """The first, the middle and the last, as far as they differ."""
     return sorted({xs[0], xs[len(xs) // 2], xs[-1]})
+
+
+def _format_place(x: float) -> str:
+    return f"{x:,.0f}" if x == round(x) or abs(x) >= 100 else f"{x:.3g}"
 
 
 def _is_number(value: float | None) -> bool:
