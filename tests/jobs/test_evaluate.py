@@ -151,6 +151,7 @@ def test_photographs_and_their_table_give_the_accuracy_of_the_model(tmp_path, sh
             model="squeezenet1_0",
             weights=str(shared_data / "weights" / "squeezenet1_0.pth"),
             precision="fp32",
+            preprocess="exact",
             targets=str(shared_data / "photos.csv"),
             target_column="class_index",
             quiet=True,
