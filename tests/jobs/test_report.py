@@ -123,7 +123,7 @@ def test_pages_hold_in_a_real_browser(report, evaluated, tmp_path):
 
         # A click sorts, and says so to those who do not see it; once more turns the order round.
         click = "document.querySelectorAll('#class-table th button')[{}].click()"
-        for index, as_number in ((0, False), (6, True)):
+        for index, as_number in ((0, False), (3, True), (6, True)):
             browser.evaluate(click.format(index))
             first = browser.evaluate(COLUMN.format(index=index))
             orders = browser.evaluate(ORDERS)
@@ -136,6 +136,10 @@ def test_pages_hold_in_a_real_browser(report, evaluated, tmp_path):
             else:
                 assert set(first) == set(CATEGORIES) and second == first[::-1]
                 assert first.index("kind 2") < first.index("kind 10")  # as people count
+
+        # Whole numbers of one and of two digits, which texts would sort otherwise.
+        numbers = browser.evaluate(COLUMN.format(index=3))
+        assert sorted(numbers) != sorted(numbers, key=int)
 
         # The same with nothing but a keyboard.
         browser.evaluate("document.querySelector('#class-table th button').focus()")
