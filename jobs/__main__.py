@@ -12,6 +12,8 @@ from jobs.cli import leave, run_command
 COMMANDS: Final = {
     "label": "label every image of an archive with a pretrained model",
     "embed": "turn every image of an archive into a vector of features",
+    "evaluate": "say how good labels are, of images whose classes are known",
+    "report": "make one page to look at of a run that labelled, evaluated or fine-tuned",
     "finetune": "fine-tune a pretrained model on labelled images",
     "submit": "run such a command on a Ray cluster: nightshift submit -- label …",
     "status": "list what a cluster is running and has run, and how far it has come",

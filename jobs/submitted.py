@@ -22,10 +22,15 @@ from pipeline.storage import has_scheme
 from pipeline.submission import Place, Upload, check_resources, find_unreachable
 
 # The commands that do their work on a cluster, and their settings.
-SUBMITTABLE: Final = {"label": "LabelConfig", "embed": "EmbedConfig", "finetune": "FinetuneConfig"}
+SUBMITTABLE: Final = {
+    "label": "LabelConfig",
+    "embed": "EmbedConfig",
+    "finetune": "FinetuneConfig",
+    "evaluate": "EvaluateConfig",
+}
 # Settings that name files or folders: those that every worker reads or writes, and those that the driver reads.
 _READ_BY_ALL: Final = ("inputs", "val", "output")
-_READ_BY_DRIVER: Final = ("model", "weights", "labels")
+_READ_BY_DRIVER: Final = ("model", "weights", "labels", "targets")
 _FLAGS: Final = {"inputs": "INPUT", "output": "-o"}
 
 
@@ -63,7 +68,7 @@ def find_faults(command: Command, site: Site, upload: Upload | None, *, shared: 
         config.check()
     except ConfigError as error:
         yield from error.faults
-    if config.output is None and command.name == "label":
+    if config.output is None and command.name in ("label", "evaluate"):
         yield "-o: name a folder for the result"
     if config.address is not None:
         yield f"--address {config.address}: stands behind `--`; the command runs on the cluster that it is submitted to"
@@ -99,7 +104,7 @@ def find_places(config: Any) -> Iterator[Place]:
                 yield Place(
                     name=field.name, flag=flag, value=one, is_read_by_all=True, must_exist=field.name != "output"
                 )
-        elif field.name in _READ_BY_DRIVER and value and (field.name == "labels" or _is_path(value)):
+        elif field.name in _READ_BY_DRIVER and value and (field.name in ("labels", "targets") or _is_path(value)):
             yield Place(name=field.name, flag=flag, value=value, is_read_by_all=False)
 
 

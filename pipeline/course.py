@@ -16,9 +16,10 @@ from pipeline.export import MODEL_DIR
 from pipeline.model_dir import MODEL_FILES
 from pipeline.plan import PLAN_DIR, SEAL, make_run_id, read_seal
 from pipeline.recipe import UNUSABLE
-from pipeline.run import RUN, SUCCESS, Account
+from pipeline.run import REPORT, RUN, SUCCESS, Account
 from pipeline.split import Split
 from pipeline.storage import Folder
+from pipeline.validation import VALIDATION
 
 JOB: Final = "finetune"
 FORMAT: Final = 1
@@ -66,7 +67,7 @@ def load_course(folder: Folder) -> Course | None:
 
 def clear_training(folder: Folder) -> None:
     """Delete what an earlier training left here, and nothing else."""
-    for name in (SUCCESS, RUN, METRICS, UNUSABLE):
+    for name in (SUCCESS, RUN, METRICS, UNUSABLE, VALIDATION, REPORT):
         folder.delete(name)
     for name in MODEL_FILES:
         folder.delete(f"{MODEL_DIR}/{name}")

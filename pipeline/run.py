@@ -1,9 +1,10 @@
 """The folder of a run: what it has to be before a run may use it, and its account of itself, run.json.
 
-OUT/run.json     what was asked, how it was resolved, what came out; refreshed while the run goes on
-OUT/_SUCCESS     empty, written last
-OUT/predictions  the parts of `label`; those of `embed` are in OUT/embeddings
-OUT/_nightshift  plan, lease, logs, unfinished files
+OUT/run.json      what was asked, how it was resolved, what came out; refreshed while the run goes on
+OUT/_SUCCESS      empty, written last
+OUT/predictions   the parts of `label`; those of `embed` are in OUT/embeddings
+OUT/metrics.json  how good the labels are, where somebody had them evaluated; report.html: where to look at them
+OUT/_nightshift   plan, lease, logs, unfinished files
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ from pipeline.toll import Toll
 
 RUN: Final = "run.json"
 SUCCESS: Final = "_SUCCESS"
+# What `evaluate` and `report` put beside a run.
+METRICS: Final = "metrics.json"
+REPORT: Final = "report.html"
 # Where a file appears whole or not at all.
 OUTPUT_SCHEMES: Final = ("s3", "gs", "az", "abfs", "file")
 STATE_DIR: Final = "_nightshift"
@@ -163,8 +167,8 @@ def clear_run(folder: Folder, *, directory: str = PREDICTION_PARTS.directory) ->
 
     The plan goes last: as long as it stands, with an epoch before that of the lease, this is known to be unfinished.
     """
-    folder.delete(SUCCESS)
-    folder.delete(RUN)
+    for name in (SUCCESS, RUN, METRICS, REPORT):
+        folder.delete(name)
     sweep_foreign(folder, run_hashes=(), directory=directory)
     folder.delete_tree(PLAN_DIR)
 

@@ -35,6 +35,19 @@ UNUSABLE: Final = pa.schema(
     ]
 )
 
+# One row an image that was validated on, with what the best weights take it for, in the order of the plan.
+VALIDATION: Final = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("target", pa.string(), nullable=False),
+        pa.field("target_id", pa.int32(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("label_id", pa.int32(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("in_top5", pa.bool_(), nullable=False),
+    ]
+)
+
 # One row a shard: the images [first, first + num_images) of a segment of the plan.
 SHARDS: Final = pa.schema(
     [
@@ -80,6 +93,9 @@ META_SCHEMA: Final = b"nightshift.schema"
 META_RUN_HASH: Final = b"nightshift.run_hash"
 META_COUNTS: Final = b"nightshift.counts"  # JSON: {`Parts.outcome`: int, "failed": {error type: int}}
 META_REDO: Final = b"nightshift.redo"  # token of the invocation that did its failed rows again, where one did
+# And of validation.parquet.
+META_RUN_ID: Final = b"nightshift.run_id"
+META_EPOCH: Final = b"nightshift.epoch"
 
 MAX_ERROR_CHARS: Final = 500
 MAX_ROW_GROUP_ROWS: Final = 122_880

@@ -40,6 +40,7 @@ from pipeline.split import read_unlisted
 from pipeline.stage import Stage, open_stage
 from pipeline.storage import Folder
 from pipeline.team import Team
+from pipeline.validation import Guessed, Guesses, join, write_validation
 
 # A checkpoint is a pause, of all workers, since they wait for the one that writes it.
 CHECKPOINT_S: Final = 30.0
@@ -135,6 +136,8 @@ class Trainer:
         """The weights of the best epoch, on the lead, until they are in a checkpoint."""
         if self.position.state_file:
             self.load_state_dict(load_state(training.folder, self.position))
+        self._best_guesses: Guessed | None = None
+        """What these take the images for that are validated on, likewise."""
         self._saved_at = time.monotonic()
         self._watch = Watch(team, self._look)
         self._total = 0.0
@@ -311,12 +314,15 @@ class Trainer:
         with self._averaged():
             if not stage.is_frozen:  # each worker has seen other images, and what is validated is what is kept
                 self.team.copy_from_lead([b for b in self.network.buffers() if b.is_floating_point()])
-            scores = self._validate(stage)
+            scores, guesses = self._validate(stage)
             if scores is not None and not math.isfinite(scores.loss):
                 return Action.GIVE_UP
             is_best = _is_better(scores, position)
             if is_best and self.team.is_lead:
                 self._best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+            if is_best and scores is not None:
+                guessed = self.team.gather(guesses.collect())
+                self._best_guesses = join(guessed) if self.team.is_lead else None
         num_images = min(stage.order.steps_per_epoch * stage.order.batch_size, len(stage.train.usable))
         epoch = position.epoch + 1
         row: Row = {
@@ -343,10 +349,11 @@ class Trainer:
         return Action.GO_ON
 
     @torch.no_grad()
-    def _validate(self, stage: Stage) -> Scores | None:
-        """How well the model does on the images it is not trained on; None where there are none."""
+    def _validate(self, stage: Stage) -> tuple[Scores | None, Guesses]:
+        """How well the model does on the images it is not trained on, None where there are none, and on which."""
+        guesses = Guesses()
         if not len(stage.val.usable):
-            return None
+            return None, guesses
         stage.module.eval()
         score = Score(self.device, num_classes=self.training.num_classes)
         own = divide(stage.val.usable, self.team)
@@ -355,7 +362,8 @@ class Trainer:
             targets = torch.from_numpy(stage.val.label_ids[rows]).to(self.device)
             logits = self._forward(stage.module, stage.val.take(rows).to(self.device))
             score.add(logits, targets, F.cross_entropy(logits, targets, reduction="sum"))
-        return score.reduce()
+            guesses.add(rows, logits, targets)
+        return score.reduce(), guesses
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -419,9 +427,21 @@ class Trainer:
     def _save(self) -> None:
         """Make a checkpoint of the position, unless another run has the folder now."""
         if self._may_write:
+            self._write_guesses()
             self.position = save(self.training.folder, self.position, self.state_dict(), self._best)
             self._best = None
         self._saved_at = time.monotonic()
+
+    def _write_guesses(self) -> None:
+        if self._best_guesses is not None:
+            write_validation(
+                self.training.folder,
+                self._best_guesses,
+                categories=self.training.categories,
+                run_id=self.training.run_id,
+                epoch=self.position.best_epoch or 0,
+            )
+        self._best_guesses = None
 
     def _tell(self, news: News, **values: Any) -> None:
         self._post(Message(news=news, position=self.position, **values))

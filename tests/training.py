@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import nn
 
 from pipeline import schema
 from pipeline.checkpoint import Position, read_position
+from pipeline.course import TrainingAccount, seal_course
+from pipeline.curves import open_curves
 from pipeline.lease import HeldLease, hold_lease
 from pipeline.models import Model, adapt_model, open_model
 from pipeline.recipe import Recipe, Training
@@ -198,3 +201,31 @@ def run_in_team(rank: int, size: int, store: str, training: Training, model: Mod
 
 def open_run_folder(path: Path) -> LocalFolder:
     return LocalFolder(path, scratch=SCRATCH_DIR)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def write_finetuned(output: Path, images: Path, *, epochs: int = 3, **changes: Any) -> LocalFolder:
+    """What `finetune` leaves of a training in this process, its model directory left out."""
+    train_ids, val_ids = [0, 1, 2] * 6, [0, 1, 2] * 5
+    model = open_network("make_plain")
+    folder = open_run_folder(output)
+    train = tabulate(write_images(images / "train", train_ids), train_ids)
+    val = tabulate(write_images(images / "val", val_ids, seed=1), val_ids)
+    write_plan(folder, train, val)
+    run = run_alone(folder, model, epochs=epochs, **changes)
+    assert run.position is not None
+    recipe = asdict(replace(RECIPE, epochs=epochs, **changes))
+    resolved = {"model": "make_plain", "weights": "none", "recipe": recipe}
+    resolved |= {"exif": "ignore", "max_pixels": 10**6, "image_column": None}
+    resolved |= {**asdict(model.preset), "fixed": model.describe()}
+    split = Split(categories=COLOURS, train=train, val=val, unlisted=schema.UNUSABLE.empty_table())
+    course = replace(seal_course(folder, split, hash="hash", given={}, resolved=resolved), run_id=RUN_ID)
+    account = TrainingAccount(folder, course, started=time.time())
+    account.history, account.best_epoch = run.position.history, run.position.best_epoch
+    account.write("done")
+    with open_curves(folder) as curves:
+        curves.write(account.history)
+    return folder

@@ -87,6 +87,17 @@ def test_all_places_of_a_command_are_known(folder):
     }
 
 
+def test_an_evaluation_takes_its_table_along_and_has_a_place_for_labels(folder):
+    words = ["evaluate", "s3://b/x", "-o", "s3://b/y", "--targets", "code/truth.csv"]
+    (folder / "code/truth.csv").touch()
+    (fault,) = list_faults(words, **AWAY)
+    assert fault.startswith("--targets code/truth.csv: is on this machine")
+    upload = Upload(str(folder / "code"))
+    assert list_faults(words, upload, **AWAY) == []
+    assert move(read_command(words).config, make_site(**AWAY), upload).targets == "truth.csv"
+    assert list_faults(["evaluate", "s3://b/labels"], **AWAY) == ["-o: name a folder for the result"]
+
+
 def test_faults_of_the_command_itself_cost_nothing(folder):
     faults = list_faults(["label", "photos", "-k", "0", "--address", "10.0.0.1:6379", "--num-workers", "x"], **HERE)
     assert [fault.split(" ")[0] for fault in faults] == ["--top-k", "--num-workers", "-o:", "--address"]
@@ -94,7 +105,7 @@ def test_faults_of_the_command_itself_cost_nothing(folder):
 
 @pytest.mark.parametrize("words", [[], ["models"], ["submit"], ["lable"]])
 def test_what_does_not_run_on_a_cluster_is_refused(words):
-    with pytest.raises(ConfigError, match="the commands that work on a cluster are label, embed, finetune"):
+    with pytest.raises(ConfigError, match="the commands that work on a cluster are label, embed, finetune, evaluate"):
         read_command(words)
 
 
