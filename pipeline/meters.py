@@ -1,6 +1,6 @@
 """What a process adds up of its own work, for whoever watches: plain numbers, and no Ray here.
 
-Reading and decoding cost an image three looks at a clock, which takes less than a thousandth of decoding it; all else
+Reading and decoding cost an image three looks at a clock, a microsecond or two where decoding takes a thousand; all else
 is added up once a batch. `telemetry` sends the sums on.
 """
 

@@ -69,7 +69,9 @@ def test_metrics_of_a_run_are_exported_by_ray(ray_cluster, tiny_model_dir, make_
         }
         measured = {(metric.exported, run_id, None) for metric in SECONDS.values()}
         until = time.monotonic() + WAIT_S
-        while not (expected.keys() | measured) <= (seen := read()).keys() and time.monotonic() < until:
+        while not (expected.items() <= (seen := read()).items() and measured <= seen.keys()):
+            if time.monotonic() > until:
+                break
             time.sleep(0.5)
     assert {key: seen.get(key) for key in expected} == expected
     assert all(0 < seen[key] < 60 for key in measured)
