@@ -1,7 +1,7 @@
 """What a process adds up of its own work, for whoever watches: plain numbers, and no Ray here.
 
-Reading and decoding cost an image three looks at a clock, a microsecond or two where decoding takes a thousand; all else
-is added up once a batch. `telemetry` sends the sums on.
+Reading and decoding cost an image three looks at a clock, a microsecond or two where decoding takes a thousand; all
+else is added up once a batch. `telemetry` sends the sums on.
 """
 
 from __future__ import annotations
