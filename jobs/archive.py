@@ -134,6 +134,10 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
     def describe_model(self, model: Model, answer: Any) -> dict[str, Any]:
         """What else than its name, weights and preset the rows depend on."""
 
+    def resolve(self, model: Model) -> dict[str, Any]:
+        """The settings of this job alone with no `auto` left in them."""
+        return {}
+
     @abstractmethod
     def describe_parts(self, resolved: dict[str, Any]) -> Parts:
         """What the parts of a run hold whose settings are `resolved`."""
@@ -473,6 +477,7 @@ class _Run:
         """The identity of the run with no `auto` left in it."""
         return {
             **self.config.identity,
+            **self.config.resolve(model),
             **asdict(model.preset),
             "weights": model.weights,
             "precision": precision,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
 import psutil
@@ -106,7 +106,7 @@ def run(config: EvaluateConfig, *, started: float | None = None) -> EvaluateResu
     table = read_targets(config.targets, config.target_column, retries=config.retries) if config.targets else None
     exit_code = 0
     if not config.is_of_a_run:
-        exit_code = label.run(limit_top_k(config), started=started).exit_code
+        exit_code = label.run(config, started=started).exit_code
     output = config.inputs[0] if config.output is None else config.output
     with explain_folder(folder := _open_run(config, output)), Progress(sys.stderr, is_quiet=config.quiet) as progress:
         account = open_finished(folder)
@@ -122,19 +122,6 @@ def run(config: EvaluateConfig, *, started: float | None = None) -> EvaluateResu
     if not is_good_enough(config, metrics):
         exit_code = EXIT_NOT_GOOD_ENOUGH
     return EvaluateResult(output=output, metrics=metrics, exit_code=exit_code)
-
-
-def limit_top_k(config: EvaluateConfig) -> EvaluateConfig:
-    """No more predictions than a fine-tuned model has classes, of which there may be two, unless somebody wants more.
-
-    (`label` refuses to invent the rest; here nobody has asked for a number.)
-    """
-    from pipeline.model_dir import is_model_dir, read_model_dir
-
-    found = next(filter(is_model_dir, (config.model, config.weights)), None)
-    if found is None or config.top_k != EvaluateConfig.top_k:
-        return config
-    return replace(config, top_k=min(config.top_k, len(read_model_dir(found).categories)))
 
 
 def is_good_enough(config: EvaluateConfig, metrics: dict[str, Any]) -> bool:

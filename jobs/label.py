@@ -22,7 +22,7 @@ import tyro
 from jobs.archive import SHARED_IDENTITY, ArchiveConfig, run_archive
 from jobs.cli import leave, parse, run_command
 from jobs.forecast import describe_forecast
-from jobs.inputs import Check
+from jobs.inputs import Auto, Check, is_below
 from jobs.pictures import show
 from jobs.result import ArchiveResult, describe_result
 from pipeline.errors import ConfigError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.answers import BestClasses
     from pipeline.models import Model
 
+AUTO_TOP_K: Final = 5
 # What a row takes in a part of 600 photographs with ImageNet classes, compressed.
 BYTES_PER_ROW: Final = 40
 BYTES_PER_PREDICTION: Final = 10
@@ -50,35 +51,42 @@ class LabelConfig(ArchiveConfig):
     # Labels
     labels: str | None = None
     """A file with the categories, one a line, in place of the model's own."""
-    top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 5
-    """How many classes of each image are kept."""
+    top_k: Annotated[int | Auto, tyro.conf.arg(aliases=["-k"])] = "auto"
+    """How many classes of each image are kept; auto: five, or all where the model has fewer."""
 
     def open_model(self) -> Model:
         model = self.load_model(labels=self.labels)
-        if self.top_k > model.num_classes:
+        if self.count_classes(model) > model.num_classes:
             raise ConfigError(f"--top-k {self.top_k}: model {self.model!r} has {model.num_classes} classes")
         return model
+
+    def count_classes(self, model: Model) -> int:
+        """How many classes of each image are kept."""
+        return min(AUTO_TOP_K, model.num_classes) if self.top_k == "auto" else self.top_k
 
     def open_answer(self, model: Model) -> BestClasses:
         from pipeline.answers import BestClasses
 
-        return BestClasses(self.top_k)
+        return BestClasses(self.count_classes(model))
 
     def describe_model(self, model: Model, answer: BestClasses) -> dict[str, Any]:
         return model.describe()
+
+    def resolve(self, model: Model) -> dict[str, Any]:
+        return {"top_k": self.count_classes(model)}
 
     def describe_parts(self, resolved: dict[str, Any]) -> Parts:
         return PREDICTION_PARTS
 
     def count_bytes(self) -> float:
-        return BYTES_PER_ROW + BYTES_PER_PREDICTION * self.top_k
+        return BYTES_PER_ROW + BYTES_PER_PREDICTION * (AUTO_TOP_K if self.top_k == "auto" else self.top_k)
 
     @property
     def identity_names(self) -> list[str]:
         return ["labels", "top_k", *SHARED_IDENTITY]
 
     def _find_faults(self) -> Iterator[Check]:
-        yield self.top_k < 1, f"--top-k {self.top_k}: must be at least 1"
+        yield is_below(self.top_k, 1), f"--top-k {self.top_k}: must be at least 1"
         yield (
             self.labels is not None and not os.path.isfile(self.labels),
             f"--labels {self.labels}: there is no such file",

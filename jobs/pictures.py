@@ -26,11 +26,12 @@ def show(config: LabelConfig) -> int:
 
     from pipeline.picture import label_pictures  # here, since torch takes seconds to import
 
+    model = config.open_model()
     pictures = label_pictures(
         config.inputs,
-        config.open_model(),
+        model,
         precision="fp32" if config.precision == "auto" else config.precision,
-        top_k=config.top_k,
+        top_k=config.count_classes(model),
         preprocess=config.preprocess,
         exif=config.exif,
         max_pixels=config.max_pixels,

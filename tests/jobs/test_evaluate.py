@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from runs import CLASSES, make_rows, write_run
 
 from jobs.cli import run_command
-from jobs.evaluate import EvaluateConfig, limit_top_k, main, run
+from jobs.evaluate import EvaluateConfig, main, run
 from pipeline.errors import ConfigError
 
 SCORES = [[0.8, 0.15, 0.05], [0.2, 0.7, 0.1], [0.3, 0.1, 0.6], [0.1, 0.85, 0.05], [0.4, 0.3, 0.3]]
@@ -114,17 +112,6 @@ def test_all_faults_are_told_at_once(labelled):
     with pytest.raises(ConfigError) as error:
         EvaluateConfig(inputs=(str(labelled),), target_column="x", fail_under=2, top_k=3).check()
     assert len(error.value.faults) == 3
-
-
-def test_a_model_of_few_classes_needs_no_flag(tmp_path, tiny_model_dir):
-    two = tmp_path / "model"
-    shutil.copytree(tiny_model_dir, two)
-    (two / "labels.txt").write_text("ants\nbees\n")
-    config = EvaluateConfig(inputs=("photos",), output="out", model=str(two))
-    assert limit_top_k(config).top_k == 2
-    assert limit_top_k(replace(config, top_k=3)).top_k == 3  # what is asked for is refused, and not changed
-    assert limit_top_k(replace(config, model=tiny_model_dir)).top_k == 5
-    assert limit_top_k(replace(config, model="resnet18")) == replace(config, model="resnet18")
 
 
 def test_images_are_labelled_first_and_then_compared(tmp_path, tiny_model_dir, make_images, ray_cluster, capsys):

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -249,7 +250,7 @@ def test_run_whose_parts_are_complete_is_finished_without_workers(unfinished):
 
 def test_changed_settings_are_refused_with_the_difference(finished, unfinished, tmp_path):
     for config in (finished, unfinished):
-        with pytest.raises(OutputError, match=r"--top-k: 5 then, 3 now(.|\n)*--precision: fp32 then, auto now"):
+        with pytest.raises(OutputError, match=r"--top-k: auto then, 3 now(.|\n)*--precision: fp32 then, auto now"):
             run(replace(config, top_k=3, precision="auto"))
         with pytest.raises(OutputError, match="--inputs"):
             run(replace(config, inputs=(str(tmp_path),)))
@@ -370,3 +371,9 @@ def test_bad_commands_are_refused_before_anything_is_written(config, tmp_path):
         assert raised.value.exit_code == 2
     assert os.listdir(tmp_path / "full") == ["thesis.txt"]
     assert not Path(config.output, "predictions").exists()
+
+
+def test_as_many_classes_are_kept_as_there_are_and_no_more_than_five(config):
+    few, many = SimpleNamespace(num_classes=2), SimpleNamespace(num_classes=10)
+    assert [config.count_classes(few), config.count_classes(many)] == [2, 5]
+    assert replace(config, top_k=3).resolve(many) == {"top_k": 3}

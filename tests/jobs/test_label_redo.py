@@ -136,7 +136,7 @@ def test_settings_of_a_retry_that_make_no_sense_are_refused(config):
     ):
         with pytest.raises(ConfigError, match=message):
             run(replace(config, **change))
-    with pytest.raises(OutputError, match="--top-k: 5 then, 3 now"):
+    with pytest.raises(OutputError, match="--top-k: auto then, 3 now"):
         run(replace(config, retry_failed=True, top_k=3))
 
 
