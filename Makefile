@@ -18,7 +18,8 @@ test: $(READY)
 	$(BIN)/pytest -m "not slow" tests/jobs $(PYTEST) || test $$? -eq 5
 
 test-slow: $(READY)
-	$(BIN)/pytest -m slow $(PYTEST)
+	$(BIN)/pytest -m slow -n auto --dist worksteal --ignore tests/jobs $(PYTEST) || test $$? -eq 5
+	$(BIN)/pytest -m slow tests/jobs $(PYTEST) || test $$? -eq 5
 
 lint: $(READY)
 	$(BIN)/ruff check .

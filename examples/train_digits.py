@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models as zoo
 
-from jobs.demo import KNOWN, MODEL_DIR, Digit, read_digits
+from jobs.demo import MODEL_DIR
+from jobs.specimens import KNOWN, Digit, read_digits
 from pipeline.decode import decode
 from pipeline.model_dir import compose_model_dir, write_model_dir
 from pipeline.models import open_model

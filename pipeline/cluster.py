@@ -62,6 +62,12 @@ def open_cluster(address: str | None) -> Iterator[Cluster]:
             _end_processes(processes)
 
 
+def find_address() -> str:
+    """Where other processes of this machine reach the cluster that this one is connected to."""
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
 def _find_processes() -> list[psutil.Process]:
     """What a Ray that this process has started consists of, workers included."""
     daemons = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]

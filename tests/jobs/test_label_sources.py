@@ -251,7 +251,7 @@ def test_update_labels_only_what_is_new_and_leaves_the_other_parts_alone(make_im
 def test_update_refuses_other_settings_and_keeps_what_it_found(archives, config):
     config = replace(config, inputs=(str(archives / "kept" / "plain.tar"),))
     run(config)
-    with pytest.raises(OutputError, match="--top-k: 5 then, 3 now"):
+    with pytest.raises(OutputError, match="--top-k: auto then, 3 now"):
         run(replace(config, update=True, top_k=3))
     for change in ({"overwrite": True}, {"limit": 3}):
         with pytest.raises(ConfigError, match="--update: cannot be used with"):
