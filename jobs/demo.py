@@ -218,24 +218,24 @@ def _find_place(digit: Digit) -> str:
 
 def kill_in_the_middle(config: DemoConfig, address: str) -> int:
     """Start the labelling in a process of its own, and `kill -9` that; returns how many parts it has left behind."""
+    before = _list_parts(config)  # of an earlier demo, until they are overwritten
     command = [sys.executable, "-m", "jobs", *_compose_label_command(config), "--overwrite", "--num-workers", "1"]
     process = subprocess.Popen(
         [*command, "--address", address, "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        while process.poll() is None and len(_list_parts(config)) < _PARTS_BEFORE_THE_KILL:
+        while process.poll() is None and len(_list_parts(config) - before) < _PARTS_BEFORE_THE_KILL:
             time.sleep(_LOOK_S)
     finally:
         process.kill()
         process.wait()
-    return len(_list_parts(config))
+    return len(_list_parts(config) - before)
 
 
-def _list_parts(config: DemoConfig) -> list[str]:
+def _list_parts(config: DemoConfig) -> set[str]:
     with contextlib.suppress(FileNotFoundError):
-        if not os.path.exists(os.path.join(config.labels, "_SUCCESS")):  # of an earlier demo, until it is overwritten
-            return os.listdir(os.path.join(config.labels, "predictions"))
-    return []
+        return set(os.listdir(os.path.join(config.labels, "predictions")))
+    return set()
 
 
 def _compose_label_command(config: DemoConfig) -> list[str]:

@@ -51,13 +51,13 @@ def test_images_without_a_seal_are_no_course(folder):
 
 def test_labelling_refuses_the_folder_of_a_training(folder):
     seal(folder)
-    with pytest.raises(OutputError, match=r"holds a run of `nightshift finetune`, and not of `label`; name another output"):
+    with pytest.raises(OutputError, match=r"holds a run of `nightshift finetune`, and not of `label`; name another"):
         load_plan(folder)
 
 
 def test_training_refuses_the_folder_of_a_labelling(folder):
     seal_plan(folder, write_listing(folder, [ListedImage("/a.jpg")]), given={}, resolved={}, epoch=0)
-    with pytest.raises(OutputError, match=r"holds a run of `nightshift label`, and not of `finetune`; name another output"):
+    with pytest.raises(OutputError, match=r"holds a run of `nightshift label`, and not of `finetune`; name another"):
         load_course(folder)
 
 
