@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from readme import read_block
 
 from jobs import label
 from jobs.cli import run_command
@@ -28,7 +29,6 @@ from pipeline.heads import Tap
 from pipeline.models import count_features, find_features, open_model
 from pipeline.presets import Normalise
 
-ROOT = Path(__file__).parents[2]
 DIMENSIONS = 1280
 BROKEN = 3
 
@@ -269,12 +269,6 @@ def test_features_are_counted_without_weights(name, dimensions):
 
 # ---------------------------------------------------------------------------------------------------------------
 # What the README promises
-
-
-def read_block(heading: str, language: str, number: int = 0) -> str:
-    """A block of code below a heading of the README."""
-    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[number]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from readme import read_block
 
 from jobs.label import LabelConfig, run
 from pipeline import schema
@@ -163,6 +164,18 @@ def test_parts_open_in_every_tool(first_run, tmp_path):
         assert footer.metadata[schema.META_SCHEMA] == b"nightshift.predictions/1"
     predictions = read(result)["predictions"].to_pylist()
     assert all(len(best) == 5 and best == sorted(best, key=lambda p: -p["score"]) for best in predictions)
+
+
+def test_lines_of_the_readme_read_what_was_labelled(first_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    Path("labels").symlink_to(first_run[0].output)
+    names: dict = {}
+    exec(read_block("What a run leaves behind", "python"), names)
+    assert sum(images for _, images, _ in names["common"].fetchall()) == 150
+    assert len(names["failed"]) == first_run[1].counts["failed"]
+    assert names["unsure"]["score"].is_monotonic_increasing and len(names["unsure"]) == 20
+    assert names["labels"].num_rows == 150
 
 
 def test_labels_do_not_depend_on_batches_workers_or_shards(first_run, config):
