@@ -11,7 +11,7 @@ from typing import Final
 
 from PIL import Image
 
-from pipeline.decode import Exif, decode
+from pipeline.decode import Exif, decode_reduced
 from pipeline.errors import ImageError
 from pipeline.fetch import Fetcher
 from pipeline.silence import silence_libraries
@@ -60,7 +60,7 @@ def make_thumbnails(
             return "not read in time"
         try:
             content, _ = fetcher.read(ListedImage(uri))
-            return shrink(decode(content, exif=exif, max_pixels=max_pixels))
+            return shrink(decode_reduced(content, exif=exif, max_pixels=max_pixels, least_side=2 * SIDE_PX)[1])
         except ImageError as error:
             return str(error)
 

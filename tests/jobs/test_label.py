@@ -172,7 +172,7 @@ def test_lines_of_the_readme_read_what_was_labelled(first_run, tmp_path, monkeyp
     Path("labels").symlink_to(first_run[0].output)
     names: dict = {}
     exec(read_block("What a run leaves behind", "python"), names)
-    assert sum(images for _, images, _ in names["common"].fetchall()) == 150
+    assert sum(images for _, images in names["common"].fetchall()) == 150
     assert len(names["failed"]) == first_run[1].counts["failed"]
     assert names["unsure"]["score"].is_monotonic_increasing and len(names["unsure"]) == 20
     assert names["labels"].num_rows == 150
