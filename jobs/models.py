@@ -74,8 +74,7 @@ def list_models(config: ModelsConfig) -> list[PublishedModel]:
 
 
 def _list_weights(name: str) -> list[PublishedModel]:
-    from torchvision import models as zoo
-
+    from pipeline.vision import zoo
     from pipeline.weights import is_downloaded
 
     entries = zoo.get_model_weights(name)

@@ -42,7 +42,7 @@ def _find_candidates(resolved: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         except ModelError:
             continue
     yield tuple(map(str, range(resolved["fixed"]["num_classes"])))  # those of a factory without --labels
-    from torchvision import models as zoo
+    from pipeline.vision import zoo
 
     if resolved["model"] in zoo.list_models(module=zoo):
         for entry in zoo.get_model_weights(resolved["model"]):

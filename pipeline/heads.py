@@ -16,9 +16,9 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torchvision import models as zoo
 
 from pipeline.errors import ModelError
+from pipeline.vision import zoo
 
 # Of the largest logit; what a head forgets changes the logits by more, and another order of additions by less.
 _TOLERANCE: Final = 1e-2

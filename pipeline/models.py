@@ -23,12 +23,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torchvision import models as zoo
 
 from pipeline.errors import ModelError
 from pipeline.heads import Tap, find_tap, replace_head
 from pipeline.model_dir import is_model_dir, read_labels, read_model_dir
 from pipeline.presets import Preset
+from pipeline.vision import zoo
 from pipeline.weights import (
     StateDict,
     download_weights,

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
+
+from pipeline.vision import InterpolationMode
+from pipeline.vision import functional as F
 
 Preprocess = Literal["fast", "exact"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
