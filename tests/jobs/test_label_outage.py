@@ -29,6 +29,7 @@ from faults import DENIED
 
 from jobs.label import LabelConfig, run
 from pipeline import plan as plans
+from pipeline.answers import BestClasses
 from pipeline.errors import PipelineError, StorageError, WorkerError
 from pipeline.lease import LEASE, hold_lease
 from pipeline.storage import open_folder
@@ -218,7 +219,7 @@ def test_worker_of_a_run_that_was_overwritten_publishes_nothing(undisturbed, con
             exif="ignore",
             max_pixels=config.max_pixels,
             preprocess="exact",
-            top_k=5,
+            answer=BestClasses(5),
             batch_size=8,
             retries=0,
         )
