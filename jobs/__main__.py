@@ -22,7 +22,7 @@ COMMANDS: Final = {
     "models": "list the models that are known by name, with their cost and accuracy",
     "inspect": "say what would be read: kinds, counts, bytes, formats, labels, shards",
     "doctor": "say whether this machine and the cluster are fit for a run, and what to do where they are not",
-    "demo": "see it work: fine-tune and label handwritten digits on this machine, offline",
+    "demo": "see it work: the whole loop on handwritten digits, on this machine, offline",
 }
 
 _USAGE: Final = "\n".join(
