@@ -74,7 +74,7 @@ class ArchiveConfig(ModelConfig, InputConfig, ABC):
     limit: int | None = None
     """Only the first N images of the plan."""
     preprocess: Literal["fast", "exact"] = "fast"
-    """`exact` gives the pixels of torchvision's preset, bit for bit; `fast` gives nearly the same, in half the time."""
+    """`exact` gives the pixels of torchvision's preset, bit for bit; `fast` gives the same but for rounding, sooner."""
 
     # Output
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
