@@ -64,23 +64,29 @@ PREDICTION: Final = pa.struct(
     ]
 )
 
-# The label columns are null where `error` is set, and the error columns are null where it is not.
+# What a part says of each image beside its answer; `error_stage` and `error` are null where there is an answer.
+_URI: Final = pa.field("uri", pa.string(), nullable=False)
+_IMAGE: Final = (
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("size_bytes", pa.int64()),
+    pa.field("target", pa.string()),
+    pa.field("error_stage", pa.string()),
+    pa.field("error", pa.string()),
+    pa.field("attempts", pa.int32(), nullable=False),
+    pa.field("model", pa.string(), nullable=False),
+    pa.field("run_id", pa.string(), nullable=False),
+)
+
+# The label columns are null where `error` is set.
 PREDICTIONS: Final = pa.schema(
     [
-        pa.field("uri", pa.string(), nullable=False),
+        _URI,
         pa.field("label", pa.string()),
         pa.field("label_id", pa.int32()),
         pa.field("score", pa.float32()),
         pa.field("predictions", pa.list_(PREDICTION)),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("size_bytes", pa.int64()),
-        pa.field("target", pa.string()),
-        pa.field("error_stage", pa.string()),
-        pa.field("error", pa.string()),
-        pa.field("attempts", pa.int32(), nullable=False),
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("run_id", pa.string(), nullable=False),
+        *_IMAGE,
     ]
 )
 PREDICTIONS_NAME: Final = "nightshift.predictions/1"
@@ -105,21 +111,8 @@ MAX_ROW_GROUP_BYTES: Final = 64 << 20
 
 def embeddings(dimensions: int, dtype: EmbeddingType) -> pa.Schema:
     """The columns of a part with vectors of `dimensions` numbers; the vector is null where `error` is set."""
-    return pa.schema(
-        [
-            pa.field("uri", pa.string(), nullable=False),
-            pa.field("embedding", pa.list_({"float32": pa.float32(), "float16": pa.float16()}[dtype], dimensions)),
-            pa.field("width", pa.int32()),
-            pa.field("height", pa.int32()),
-            pa.field("size_bytes", pa.int64()),
-            pa.field("target", pa.string()),
-            pa.field("error_stage", pa.string()),
-            pa.field("error", pa.string()),
-            pa.field("attempts", pa.int32(), nullable=False),
-            pa.field("model", pa.string(), nullable=False),
-            pa.field("run_id", pa.string(), nullable=False),
-        ]
-    )
+    number = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    return pa.schema([_URI, pa.field("embedding", pa.list_(number, dimensions)), *_IMAGE])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
