@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pipeline.categories import find_categories
 from pipeline.errors import ConfigError, OutputError
 from pipeline.parts import Part, list_parts, read_batches
-from pipeline.run import METRICS, RUN
+from pipeline.run import METRICS, open_account
 from pipeline.scoring import FAILED, TOP_K, Flags, Ints, Scorer
 from pipeline.storage import Folder
 from pipeline.targets import Matcher, TargetTable, match_classes
@@ -33,12 +33,7 @@ Tell = Callable[[int], None]
 
 def open_finished(folder: Folder) -> dict[str, Any]:
     """The account of the labelling run in `folder`; raises OutputError where there is none that is complete."""
-    try:
-        account: dict[str, Any] = json.loads(folder.read(RUN))
-    except FileNotFoundError:
-        raise OutputError(f"{folder.locate()!r} holds no run: there is no run.json in it") from None
-    except ValueError as error:
-        raise OutputError(f"run.json in {folder.locate()!r} is damaged: {error}") from error
+    account = open_account(folder)
     job = account.get("job", "label")
     if job != "label":
         raise OutputError(f"{folder.locate()!r} holds a run of `nightshift {job}`, which has no labels to compare")

@@ -162,6 +162,17 @@ def find_finished(folder: Folder, *, job: str) -> dict[str, Any] | None:
     return account
 
 
+def open_account(folder: Folder) -> dict[str, Any]:
+    """The account of the run in `folder`, finished or not; raises OutputError where there is none that can be read."""
+    try:
+        account: dict[str, Any] = json.loads(folder.read(RUN))
+    except FileNotFoundError:
+        raise OutputError(f"{folder.locate()!r} holds no run: there is no {RUN} in it") from None
+    except ValueError as error:
+        raise OutputError(f"{RUN} in {folder.locate()!r} is damaged: {error}") from error
+    return account
+
+
 def clear_run(folder: Folder, *, directory: str = PREDICTION_PARTS.directory) -> None:
     """Delete what an earlier run left here, and nothing else.
 

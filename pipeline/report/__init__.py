@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.errors import OutputError
 from pipeline.report.labels import gather_labels
 from pipeline.report.thumbnails import make_thumbnails
-from pipeline.run import RUN
+from pipeline.run import open_account
 from pipeline.secrets import mask, mask_settings
 from pipeline.storage import Folder
 from pipeline.storage.uri import locate
@@ -44,12 +43,7 @@ Tell = Callable[[str], None]
 
 def read_account(folder: Folder) -> dict[str, Any]:
     """run.json; raises OutputError where there is none, or none that a report can be made of."""
-    try:
-        account: dict[str, Any] = json.loads(folder.read(RUN))
-    except FileNotFoundError:
-        raise OutputError(f"{folder.locate()!r} holds no run: there is no {RUN} in it") from None
-    except ValueError as error:
-        raise OutputError(f"{RUN} in {folder.locate()!r} is damaged: {error}") from error
+    account = open_account(folder)
     if (job := account.get("job", "label")) not in ("label", "finetune"):
         raise OutputError(f"{folder.locate()!r} holds a run of `nightshift {job}`; reports are of label and finetune")
     return account
