@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
 from itertools import count, islice
 from typing import Any, Final
@@ -354,18 +355,38 @@ def _unpack_pixels(block: Block, batch_size: int) -> Iterator[DecodedBatch]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Shards that hang
+# What the driver looks for meanwhile: workers that do not come, and shards that hang
 
 
 @contextlib.contextmanager
+def _looking(name: str, look: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Let a thread look for something; the event that it is given is set at the end of the block."""
+    ended = threading.Event()
+    threading.Thread(target=look, args=(ended,), name=name, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _explain_wait(task: Task, scaling: Scaling, tell: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Say once what workers need and what there is, where none is at work after a while: Ray waits without a word."""
+
+    def look(ended: threading.Event) -> None:
+        with contextlib.suppress(OSError, RayError):  # a store that is not there just now, or a Ray that ends
+            if not ended.wait(WAIT_S) and not read_records(task.folder, run_id=task.attempts_id):
+                tell(_describe_wait(scaling))
+
+    return _looking("waiting for workers", look)
+
+
 def _evict_stalled(
     task: Task, missing: Mapping[int, Shard], finder: StallFinder, toll: Toll, tell: Callable[[str], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Look for shards that hang while the block lasts, and end their processes; Ray replaces these."""
-    ended = threading.Event()
     evicted: set[tuple[str, int]] = set()
 
-    def look() -> None:
+    def look(ended: threading.Event) -> None:
         while not ended.wait(min(LOOK_S, finder.least_s / 4)):
             if not finder.can_tell:
                 continue
@@ -379,12 +400,7 @@ def _evict_stalled(
                     toll.stalled.append({**stalled.to_json(), "outcome": _evict(stalled)})
                     tell(f"{stalled}; its process was ended, and the shard is done elsewhere")
 
-    thread = threading.Thread(target=look, name="stalled shards", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
+    return _looking("stalled shards", look)
 
 
 def _evict(stalled: Stalled) -> str:
@@ -404,23 +420,6 @@ def _evict(stalled: Stalled) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Messages
-
-
-@contextlib.contextmanager
-def _explain_wait(task: Task, scaling: Scaling, tell: Callable[[str], None]) -> Iterator[None]:
-    """Say once what workers need and what there is, where none is at work after a while: Ray waits without a word."""
-    ended = threading.Event()
-
-    def look() -> None:
-        with contextlib.suppress(OSError, RayError):  # a store that is not there just now, or a Ray that ends
-            if not ended.wait(WAIT_S) and not read_records(task.folder, run_id=task.attempts_id):
-                tell(_describe_wait(scaling))
-
-    threading.Thread(target=look, name="waiting for workers", daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 def _describe_wait(scaling: Scaling) -> str:
