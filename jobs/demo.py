@@ -87,6 +87,11 @@ class DemoConfig:
         return os.path.join(self.output, "archive")
 
     @property
+    def root(self) -> str:
+        """The same as a URI, as those of its images begin."""
+        return path_to_uri(os.path.abspath(self.archive))
+
+    @property
     def training(self) -> str:
         """Where the digits to train on are written to."""
         return os.path.join(self.output, "training")
@@ -252,18 +257,16 @@ Row = dict[str, Any]
 
 def read_rows(config: DemoConfig, result: LabelResult, digits: list[Digit]) -> dict[str, Row]:
     """The rows of the predictions, by the path of their image in the archive, or in what holds it there."""
-    root = path_to_uri(os.path.abspath(config.archive))
     columns = ["uri", "label", "score", "predictions", "target", "error"]
     rows = result.dataset().to_table(columns=columns).sort_by("uri").to_pylist()
-    return {find_path(row["uri"], digits, root=root): row for row in rows}
+    return {find_path(row["uri"], digits, root=config.root): row for row in rows}
 
 
 def find_neighbours(config: DemoConfig, result: EmbedResult, digits: list[Digit]) -> float:
     """The share of the digits whose vector is nearest to that of the same digit, in another image."""
-    root = path_to_uri(os.path.abspath(config.archive))
     uris, vectors = result.read_vectors()
     names = {digit.path: digit.name for digit in digits}
-    shown = np.array([names.get(find_path(uri, digits, root=root), "") for uri in uris])
+    shown = np.array([names.get(find_path(uri, digits, root=config.root), "") for uri in uris])
     vectors, shown = vectors[shown != ""], shown[shown != ""]
     cosines = vectors @ vectors.T  # they have the length 1
     np.fill_diagonal(cosines, -1)
