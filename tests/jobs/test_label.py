@@ -267,6 +267,8 @@ def test_changed_settings_are_refused_with_the_difference(finished, unfinished, 
             run(replace(config, top_k=3, precision="auto"))
         with pytest.raises(OutputError, match="--inputs"):
             run(replace(config, inputs=(str(tmp_path),)))
+        with pytest.raises(OutputError, match="--preprocess: fast then, exact now"):
+            run(replace(config, preprocess="exact"))
         # The value that was resolved may be given; settings that the labels do not depend on may change.
         assert run(replace(config, shard_size=64, batch_size=8, retries=0, num_workers="2")).exit_code == 0
 
